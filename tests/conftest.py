@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shared by every test: one CPU platform of 8 virtual devices, exact matmuls, one compile cache."""
+"""Shared by every test: the CPU platform, exact matmuls, one compile cache."""
 
 import importlib.util
 import os
