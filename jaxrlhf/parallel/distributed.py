@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes: start-up, and the few things that only one of them, or all together, do."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxrlhf.errors import JaxrlhfError
+
+HEARTBEAT_SECONDS = 20  # jax's default lets a survivor wait 100 s for a dead process
+START_SECONDS = 60
+
+
+def wanted() -> bool:
+    """Whether the environment says that this process is one of several.
+
+    Either JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and JAX_PROCESS_ID), or a cluster that
+    jax detects by itself: a TPU slice of several hosts, Slurm or Open MPI with several tasks.
+    """
+    env = os.environ
+    return bool(
+        env.get("JAX_COORDINATOR_ADDRESS")
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or env.get("MEGASCALE_COORDINATOR_ADDRESS")
+        or int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+    )
+
+
+def initialize() -> bool:
+    """Joins the other processes where the environment says so; call before anything touches jax.
+
+    Returns whether there are others. JAXRLHF_HEARTBEAT_SECONDS says after how long a silent process
+    counts as dead, JAXRLHF_START_SECONDS how long to wait for all of them at the start.
+
+    Raises:
+        JaxrlhfError: JAX_NUM_PROCESSES or JAX_PROCESS_ID missing or wrong.
+    """
+    if not wanted():
+        return False
+    if jax.distributed.is_initialized():
+        return True
+    given: dict[str, Any] = {}
+    if address := os.environ.get("JAX_COORDINATOR_ADDRESS"):
+        try:
+            count, index = (int(os.environ[k]) for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            if not 0 <= index < count:
+                raise ValueError
+        except (KeyError, ValueError):
+            raise JaxrlhfError(
+                f"JAX_COORDINATOR_ADDRESS={address} is set, so JAX_NUM_PROCESSES (how many) and "
+                "JAX_PROCESS_ID (0 to how many - 1, another one on each) must be set too; found "
+                f"JAX_NUM_PROCESSES={os.environ.get('JAX_NUM_PROCESSES')}, "
+                f"JAX_PROCESS_ID={os.environ.get('JAX_PROCESS_ID')}"
+            ) from None
+        given = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    seconds = int(os.environ.get("JAXRLHF_START_SECONDS", START_SECONDS))
+    print(f"joining the other processes {given or '(found by jax)'}, up to {seconds} s", flush=True)
+    jax.distributed.initialize(
+        **given,
+        initialization_timeout=seconds,
+        heartbeat_timeout_seconds=int(
+            os.environ.get("JAXRLHF_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
+        ),
+    )
+    return True
+
+
+def is_primary() -> bool:
+    """True in the one process that prints and writes logs."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def stop_agreed(step: int, requested: bool) -> bool:
+    """Whether to stop after this step: in every process the same answer at the same step.
+
+    With one process it is `requested`. With several, SIGTERM goes to jax's preemption service,
+    which picks a step that no process has passed yet; one that was asked to stop in another way
+    (SIGINT) does not stop alone, which would leave the others waiting for ever.
+    """
+    if jax.process_count() == 1:
+        return requested
+    return bool(multihost_utils.reached_preemption_sync_point(step))
+
+
+def to_host(x: Any) -> np.ndarray:
+    """The whole array as numpy, gathered from all processes where needed (then all must call)."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        if x.is_fully_replicated:
+            return np.asarray(x.addressable_data(0))
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)

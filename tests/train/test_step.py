@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The optimizer step: exact accumulation, the guard against non-finite numbers, averages, sharding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from devices import run_on_devices
+
+from jaxrlhf.parallel.mesh import make_mesh
+from jaxrlhf.parallel.rules import put_batch, replicated, use_mesh
+from jaxrlhf.train.optim import make_optimizer
+from jaxrlhf.train.state import init_state, place_state
+from jaxrlhf.train.step import jit_train_step, make_train_step, split_rows
+
+KEY = jax.random.key(0)
+
+
+def gradients(accum, batch, prepare=None):
+    """What the optimizer gets: sgd at rate 1 moves the parameters by exactly that."""
+    tx = optax.sgd(1.0)
+    params = toy.params()
+    step = jax.jit(make_train_step(toy.loss_fn, tx, accum=accum, prepare=prepare))
+    state, metrics = step(init_state(params, tx), {}, batch, KEY)
+    return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, params, state.params), metrics
+
+
+def distance(a, b):
+    """Norm of the difference relative to the norm, over whole trees."""
+
+    def square(t):
+        return sum(float((np.asarray(x, np.float64) ** 2).sum()) for x in jax.tree.leaves(t))
+
+    return (square(jax.tree.map(lambda x, y: x - y, a, b)) / square(b)) ** 0.5
+
+
+@pytest.mark.parametrize("accum", [2, 4, 8])
+def test_accumulation_equals_one_batch_with_ragged_and_empty_rows(accum):
+    # Rows 1 and 7 hold no token: with accum = 8 two microbatches are all masked.
+    want, whole = gradients(1, toy.batch())
+    got, metrics = gradients(accum, toy.batch())
+    assert distance(got, want) < 1e-6
+    for name in whole:
+        a, b = (float(m[name][0] / m[name][1]) for m in (metrics, whole))
+        assert a == pytest.approx(b, rel=1e-6), name
+
+
+def test_gradient_equals_central_differences_of_the_float64_loss():
+    batch = toy.batch(rows=4)
+    got, _ = gradients(2, batch)
+    p = jax.tree.map(lambda x: np.asarray(x, np.float64), toy.params())
+
+    def loss(p):
+        hidden = np.tanh(batch["x"].astype(np.float64) @ p["up"]["kernel"] + p["up"]["bias"])
+        out = (hidden * p["norm"]["scale"]) @ p["down"]["kernel"]
+        return (((out - batch["y"]) ** 2).mean(-1) * batch["weights"].astype(np.float64)).sum()
+
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda x: rng.normal(size=x.shape), p)
+
+    def move(e):
+        return loss(jax.tree.map(lambda x, d: x + e * d, p, direction))
+
+    want = (move(1e-5) - move(-1e-5)) / 2e-5
+    along = sum((g * d).sum() for g, d in zip(*map(jax.tree.leaves, (got, direction)), strict=True))
+    assert along == pytest.approx(want, rel=1e-5)
+
+
+def test_prepare_sees_the_global_batch_before_the_split():
+    raw = toy.batch()
+    raw["weights"] = (raw["weights"] > 0).astype(np.float32)
+
+    def normalise(batch):
+        return {**batch, "weights": batch["weights"] / batch["weights"].sum()}
+
+    want, _ = gradients(1, toy.batch())
+    got, metrics = gradients(8, raw, normalise)
+    assert distance(got, want) < 1e-6
+    assert float(metrics["error"][1]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_split_rows_keeps_every_row_once_and_repeats_scalars():
+    x = jnp.arange(24).reshape(12, 2)
+    parts = split_rows({"x": x, "scalar": jnp.float32(3)}, 4)
+    assert parts["x"].shape == (4, 3, 2)
+    assert parts["scalar"].tolist() == [3.0] * 4
+    assert sorted(parts["x"].reshape(-1, 2).tolist()) == x.tolist()
+    with pytest.raises(ValueError, match="12 rows does not split into 5"):
+        split_rows(x, 5)
+
+
+@pytest.mark.parametrize("poison", ["nan", "inf", "overflow"])
+def test_a_non_finite_step_changes_nothing_and_the_next_one_learns(poison):
+    tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1)
+    step = jax.jit(make_train_step(toy.loss_fn, tx, accum=2, ema_decay=0.9))
+    state, _ = step(init_state(toy.params(), tx, ema=True), {}, toy.batch(0), KEY)
+    bad = toy.batch(1)
+    bad["y"][0, 0, 0] = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}[poison]
+    after, metrics = step(state, {}, bad, KEY)
+    assert float(metrics["nonfinite"][0]) == 1.0
+    assert int(after.step) == 2
+    same = jax.tree.map(
+        lambda a, b: bool((a == b).all()),
+        (after.params, after.opt_state, after.extra),
+        (state.params, state.opt_state, state.extra),
+    )
+    assert all(jax.tree.leaves(same))
+    after, metrics = step(after, {}, toy.batch(2), KEY)
+    assert float(metrics["nonfinite"][0]) == 0.0
+    assert not bool((after.params["up"]["kernel"] == state.params["up"]["kernel"]).all())
+
+
+def test_ema_equals_the_running_average_of_all_leaves():
+    tx, _ = make_optimizer("sgd", 0.1)
+    step = jax.jit(make_train_step(toy.loss_fn, tx, ema_decay=0.75))
+    state = init_state(toy.params(), tx, ema=True)
+    want = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
+    for i in range(4):
+        state, _ = step(state, {}, toy.batch(i), KEY)
+        want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), want, state.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extra["ema"], want)
+    with pytest.raises(ValueError, match="ema=True"):
+        step(init_state(toy.params(), tx), {}, toy.batch(0), KEY)
+
+
+def test_frozen_weights_are_used_and_never_changed():
+    tx, _ = make_optimizer("sgd", 0.1)
+    mesh = make_mesh()
+    state, where, _ = place_state(toy.params(), tx, mesh, toy.AXES)
+    frozen = {"shift": jnp.full((16,), 0.5)}
+    step = jit_train_step(make_train_step(toy.loss_fn, tx), where, mesh)
+    for i in range(3):
+        state, _ = step(state, frozen, toy.batch(i), KEY)
+    assert (frozen["shift"] == 0.5).all()  # still there, though the state was donated
+
+
+def test_the_compiled_step_compiles_once_and_donates():
+    tx, schedule = make_optimizer("adamw", 1e-2, schedule="cosine", steps=10, warmup=2)
+    mesh = make_mesh()
+    state, where, _ = place_state(toy.params(), tx, mesh, toy.AXES, ema=True)
+    train_step = make_train_step(toy.loss_fn, tx, ema_decay=0.9, schedule=schedule)
+    step = jit_train_step(train_step, where, mesh)
+    first = state
+    for i in range(3):
+        state, metrics = step(state, {}, put_batch(toy.batch(i), mesh), KEY)
+        assert float(metrics["learning_rate"][0]) == pytest.approx(float(schedule(i)))
+    assert step._cache_size() == 1
+    assert all(x.is_deleted() for x in jax.tree.leaves(first))
+
+
+def test_bf16_parameters_keep_their_dtype_and_fp32_statistics():
+    tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1, moment_dtype="bfloat16")
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), toy.params())
+    state = init_state(params, tx)
+    after, _ = jax.jit(make_train_step(toy.loss_fn, tx, accum=2))(state, {}, toy.batch(), KEY)
+    assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
+    dtypes = {x.dtype.name for x in jax.tree.leaves(optax.tree.get(after.opt_state, "nu"))}
+    assert dtypes == {"float32"}
+
+
+def sharded(sizes, accum):
+    """20 steps on a mesh and on one device: gradients, parameters, FLOPs."""
+    tx, _ = make_optimizer("sgd", 0.05, clip_norm=None)
+    out = {}
+    results = []
+    for devices, given in ((jax.devices()[:1], {}), (jax.devices(), sizes)):
+        mesh = make_mesh(devices, **given)
+        with use_mesh(mesh):
+            state, where, _ = place_state(toy.params(embed=64, mlp=256), tx, mesh, toy.AXES)
+            step = jit_train_step(make_train_step(toy.loss_fn, tx, accum=accum), where, mesh)
+            frozen = jax.device_put({"shift": jnp.full((64,), 0.5)}, replicated(mesh))
+
+            def make(i, mesh=mesh):
+                return put_batch(toy.batch(i, 64, 16, 64, ragged=False), mesh)
+
+            compiled = step.lower(state, frozen, make(0), KEY).compile()
+            flops = compiled.cost_analysis()["flops"] * mesh.size
+            start = jax.device_get(state.params)
+            grads = None
+            for i in range(20):
+                state, _metrics = step(state, frozen, make(i), KEY)
+                if grads is None:
+                    grads = jax.tree.map(
+                        lambda a, b: (a - b) / 0.05, start, jax.device_get(state.params)
+                    )
+            results.append((grads, jax.device_get(state.params), flops, step._cache_size()))
+    (g1, p1, f1, _), (g8, p8, f8, compiles) = results
+    out["grads"], out["params"] = distance(g8, g1), distance(p8, p1)
+    out["flops"], out["compiles"] = f8 / f1, compiles
+    return out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "accum"),
+    [
+        ({"fsdp": 8}, 1),
+        ({"fsdp": 8}, 4),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, 4),
+        ({"data": 2, "tensor": 4}, 2),
+    ],
+)
+def test_a_mesh_computes_what_one_device_computes_with_no_work_twice(sizes, accum):
+    got = run_on_devices(8, sharded, sizes=sizes, accum=accum)
+    assert got["grads"] < 1e-5
+    assert got["params"] < 1e-5
+    assert got["flops"] < 1.1  # rows that left their devices would cost 4x and more
+    assert got["compiles"] == 1
