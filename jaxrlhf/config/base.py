@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every configuration section is made of. No jax here, nor anything that imports it.
+
+A field says with its annotation what it accepts, with its description what it means and in which
+unit, and with a mark what else is true of it: `Where` (its text names a place: relative paths are
+resolved against the file that holds them) and `OnResume` (what may change between a run and its
+continuation).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BeforeValidator
+
+
+class Section(pydantic.BaseModel):
+    """A group of settings: frozen, and an unknown key is an error.
+
+    `shorthand` names the field that a bare value stands for: `model: path` is `model.path: path`.
+    """
+
+    model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    shorthand: ClassVar[str | None] = None
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _bare_value(cls, data: Any) -> Any:
+        if cls.shorthand and isinstance(data, str | list):
+            return {cls.shorthand: data}
+        return data
+
+
+@dataclasses.dataclass(frozen=True)
+class Where:
+    """The text names a place.
+
+    path    a file or folder
+    model   a run directory, a model folder or a hub name
+    source  data: a file, a folder, a hub name or `tfds:NAME`
+    reward  a model as above, `module:function` or `file.py:function`
+    """
+
+    kind: Literal["path", "model", "source", "reward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class OnResume:
+    """What a continued run may do to the field; without this mark a change is refused.
+
+    free     change at will: it does not touch what is computed
+    grow     only become larger: what was computed stays a prefix
+    content  the place may move; what lies there is compared by its digest instead
+    """
+
+    rule: Literal["free", "grow", "content"]
+
+
+FREE = OnResume("free")
+GROW = OnResume("grow")
+CONTENT = OnResume("content")
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("true and false are not numbers")
+    return value
+
+
+def _some_numbers(value: Any) -> Any:
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def as_list(value: Any) -> Any:
+    """A single item where a list is wanted is a list of one; null is the empty list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(_number)]
+Natural = Annotated[Int, Ge(0)]
+Positive = Annotated[Int, Ge(1)]
+NonNegative = Annotated[Float, Ge(0)]
+PositiveFloat = Annotated[Float, Gt(0)]
+Share = Annotated[Float, Ge(0), Le(1)]
+OpenShare = Annotated[Float, Gt(0), Lt(1)]
+Counts = Annotated[list[Positive], BeforeValidator(_some_numbers)]
+Coefficients = Annotated[list[PositiveFloat], BeforeValidator(_some_numbers)]
+
+PathName = Annotated[str, Where("path"), FREE]
+ModelName = Annotated[str, Where("model"), CONTENT]
+SourceName = Annotated[str, Where("source"), CONTENT]
+RewardName = Annotated[str, Where("reward")]
+
+
+def _dtype(value: Any) -> Any:
+    names = {"bf16": "bfloat16", "fp32": "float32", "f32": "float32"}
+    return names.get(value, value) if isinstance(value, str) else value
+
+
+DType = Annotated[Literal["float32", "bfloat16"], BeforeValidator(_dtype)]

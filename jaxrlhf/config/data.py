@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`data.*`: which rows, and how they become tokens."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from jaxrlhf.config.base import (
+    OpenShare,
+    Positive,
+    PositiveFloat,
+    Section,
+    SourceName,
+    as_list,
+)
+
+
+class Source(Section):
+    """One set of rows; a bare value is its `source`."""
+
+    shorthand: ClassVar[str | None] = "source"
+
+    source: SourceName = Field(
+        description="a file (jsonl, json, csv, parquet, txt, each also .gz), a folder, a saved HF "
+        "dataset, a hub name or tfds:NAME"
+    )
+    split: str | None = Field(None, description="which split; null = train, or the only one")
+    weight: PositiveFloat = Field(1.0, description="share of the mixture, relative to the others")
+    format: str | None = Field(None, description="how rows are read; null = told by their columns")
+    column_map: dict[str, str] = Field(
+        default_factory=dict, description="{column in the file: column we know}"
+    )
+    limit: Positive | None = Field(None, description="only the first so many rows")
+
+
+Sources = Annotated[list[Source], BeforeValidator(as_list)]
+
+
+class DataSection(Section):
+    """`data: SOURCE` is short for `data.train: SOURCE`."""
+
+    shorthand: ClassVar[str | None] = "train"
+
+    train: Sources = Field(default_factory=list, description="what is learnt from; a list is mixed")
+    eval: Sources = Field(default_factory=list, description="held-out rows")
+    eval_fraction: OpenShare | None = Field(
+        None, description="without eval: this share of train, split by prompt, is held out"
+    )
+    max_length: Positive = Field(512, description="longest row, tokens")
+    max_prompt_length: Positive | None = Field(
+        None, description="longest prompt, tokens; null = what max_length leaves"
+    )
+    truncation: Literal["error", "drop", "left", "right"] = Field(
+        "left",
+        description="a row that is too long: stop, leave it out, keep its end (after BOS) or its "
+        "start; counted and printed",
+    )
+    template: str | None = Field(
+        None, description="chat template: chatml, llama3, gemma, plain; null = the tokenizer's own"
+    )
+    completion_only: bool = Field(
+        True, description="train on completions and assistant turns only, not on prompts"
+    )
+    append_eos: bool = Field(True, description="end every completion with EOS")
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error", description="a row that cannot be used: stop, or skip, count and report"
+    )
+    shuffle: bool = Field(True, description="a new order each epoch, a function of (seed, epoch)")
+
+
+class TextDataSection(DataSection):
+    """As above, trained from the first token on."""
+
+    completion_only: bool = Field(
+        False, description="train on completions and assistant turns only, not on prompts"
+    )

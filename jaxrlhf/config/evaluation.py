@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`eval.*`: how figures of an evaluation are estimated."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from jaxrlhf.config.base import Coefficients, Counts, Natural, OpenShare, Positive, Section
+
+
+class EvaluationSection(Section):
+    samples_per_prompt: Positive = Field(1, description="completions drawn for each prompt")
+    best_of: Counts = Field(
+        default_factory=list,
+        description="best-of-n of the proxy for these n, each at most samples_per_prompt",
+    )
+    tilt: Coefficients = Field(
+        default_factory=list,
+        description="KL coefficients for which the best reachable reward - coef x KL is estimated "
+        "from the samples",
+    )
+    bootstrap: Positive = Field(1000, description="resamples behind each interval")
+    confidence: OpenShare = Field(0.95, description="coverage of the intervals")
+    calibration_bins: Positive = Field(10, description="bins of the reliability table")
+    samples: Natural = Field(16, description="prompts whose completions are shown in the report")

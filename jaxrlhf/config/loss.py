@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`loss.*`: which loss; its own parameters are the keyword parameters of that function."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jaxrlhf.config.base import Section
+
+Weighting = Literal["token_mean", "sequence_mean", "fixed_length"]
+
+
+class LMLossSection(Section):
+    """Cross-entropy of the next token."""
+
+    weights: Weighting = Field(
+        "token_mean", description="what counts alike over the global batch: tokens or rows"
+    )
+
+
+class RewardLossSection(Section, extra="allow"):
+    """Other keys are keyword parameters of the loss, checked against its signature."""
+
+    name: str = Field("pairwise", description="a key of losses.reward.REWARD_LOSSES")
+
+
+class PreferenceLossSection(Section, extra="allow"):
+    """Other keys (beta, label_smoothing...) are keyword parameters of the loss."""
+
+    name: str = Field("dpo", description="a key of losses.preference.PREFERENCE_LOSSES")

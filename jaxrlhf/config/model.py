@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`model.*`: which model, and how it is computed."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import pydantic
+from pydantic import Field
+
+from jaxrlhf.config.base import DType, ModelName, Positive, PositiveFloat, Section
+
+
+class Architecture(Section):
+    """A model with fresh random weights; sizes left out follow from the others."""
+
+    family: Literal["llama", "gpt2"] = Field("llama", description="which family of decoder")
+    hidden_size: Positive = Field(128, description="width of the residual stream")
+    num_layers: Positive = Field(2, description="decoder layers")
+    num_heads: Positive = Field(4, description="query heads")
+    num_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads")
+    head_dim: Positive | None = Field(None, description="null = hidden_size / num_heads")
+    mlp_dim: Positive | None = Field(
+        None, description="width of the MLP; null = 4 x hidden_size (gpt2), 8/3 of it (llama)"
+    )
+    vocab_size: Positive | None = Field(None, description="null = the tokenizer's")
+    max_positions: Positive = Field(1024, description="longest row, tokens")
+    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary angles (llama)")
+    tie_embeddings: bool = Field(True, description="the output head is the embedding, transposed")
+
+    @pydantic.model_validator(mode="after")
+    def _sizes_fit(self) -> Architecture:
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} must be a multiple of num_heads = "
+                f"{self.num_heads} (or give head_dim)"
+            )
+        if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = "
+                f"{self.num_kv_heads}"
+            )
+        return self
+
+
+class ModelSection(Section):
+    """`model: PATH` is short for `model.path: PATH`."""
+
+    shorthand: ClassVar[str | None] = "path"
+
+    path: ModelName | None = Field(
+        None, description="a run directory (its best or last checkpoint), an HF folder or hub name"
+    )
+    init: Architecture | None = Field(
+        None, description="instead of path: a fresh model of this shape"
+    )
+    tokenizer: ModelName | None = Field(
+        None, description="a folder or hub name; null = the one beside the model"
+    )
+    dtype: DType = Field("float32", description="what is computed in; frozen models are stored so")
+    param_dtype: DType = Field("float32", description="the master weights that train")
+    remat: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, ~17 % slower"
+    )
+    unroll: Positive | Literal["all", "auto"] = Field(
+        "auto",
+        description="layers per iteration of the scan over them; auto = all up to 8 layers, else 1",
+    )
+    attention_block: Positive = Field(
+        64, description="query positions per block of causal attention (same result, other speed)"
+    )
+    logprob_chunk: Positive | None = Field(
+        None, description="positions whose logits exist at a time; null = chosen by vocabulary size"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> ModelSection:
+        if self.path is not None and self.init is not None:
+            raise ValueError("path and init are both given: either load a model or start a new one")
+        return self

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`reward`: a model, a function, or a weighted list of them."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from jaxrlhf.config.base import Float, RewardName, Section, as_list
+
+# `package.module:function`, or `path/to/file.py:function`
+FUNCTION = re.compile(r"(?P<place>[A-Za-z_][\w.]*|.*\.py):(?P<function>[A-Za-z_]\w*)")
+
+
+def is_function(source: str) -> bool:
+    """Whether a reward names a Python callable rather than a model."""
+    return not source.startswith("stage:") and FUNCTION.fullmatch(source) is not None
+
+
+class RewardTerm(Section):
+    """One scorer; a bare value is its `source`."""
+
+    shorthand: ClassVar[str | None] = "source"
+
+    source: RewardName = Field(
+        description="a reward model, module:function or file.py:function; a function is called "
+        "with (prompts, completions, **columns) and returns a list of floats"
+    )
+    weight: Float = Field(1.0, description="the sum of weight x score is what is optimised")
+    name: str | None = Field(None, description="how it is logged; null = told by source")
+
+    @property
+    def kind(self) -> Literal["model", "function"]:
+        return "function" if is_function(self.source) else "model"
+
+    @property
+    def label(self) -> str:
+        """The name in metrics: `name`, the function's, or the last part of the model's path."""
+        if self.name:
+            return self.name
+        return re.split(r"[/:]", self.source.rstrip("/"))[-1]
+
+
+Rewards = Annotated[list[RewardTerm], BeforeValidator(as_list)]

@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`rl.*`: what every online method shares."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from jaxrlhf.config.base import NonNegative, Positive, Section
+from jaxrlhf.config.loss import Weighting
+
+
+class RLSection(Section, extra="allow"):
+    """Other keys (gae_lambda, clip_eps...) are keyword parameters of the chosen functions.
+
+    They are checked against the signatures of the estimator, the policy loss and the value loss
+    once the stage is imported; the errors of both passes are shown together.
+    """
+
+    advantage: str = Field("gae", description="a key of ops.advantages.ESTIMATORS")
+    policy_loss: str = Field("ppo_clip", description="a key of losses.policy.POLICY_LOSSES")
+    samples_per_prompt: Positive = Field(1, description="completions of each prompt in a batch")
+    epochs: Positive = Field(4, description="passes over each batch of experience")
+    minibatches: Positive = Field(4, description="optimizer steps per pass")
+    kl_coef: NonNegative = Field(
+        0.05, description="penalty per nat of KL towards the reference, inside the reward"
+    )
+    kl_in_reward: Literal["k1", "exact"] = Field(
+        "k1", description="log-ratio of the sampled token, or the KL of the whole distribution"
+    )
+    whiten_advantages: bool = Field(
+        True, description="mean 0 and variance 1 over the batch's completion tokens"
+    )
+    value_coef: NonNegative = Field(0.1, description="weight of the value loss")
+    entropy_coef: NonNegative = Field(0.0, description="weight of the entropy bonus")
+    critic: Literal["policy", "reward", "shared"] = Field(
+        "policy",
+        description="where values come from: a copy of the policy, a copy of the reward model, or "
+        "a head on the policy's own trunk",
+    )
+    weights: Weighting = Field("token_mean", description="what counts alike in a minibatch")

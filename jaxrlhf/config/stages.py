@@ -1,0 +1,397 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One configuration per stage, put together from the sections; `STAGES` names them all."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+import pydantic
+from pydantic import BeforeValidator, Field
+
+from jaxrlhf.config.base import (
+    FREE,
+    ModelName,
+    Natural,
+    OpenShare,
+    PathName,
+    Positive,
+    Section,
+    SourceName,
+    as_list,
+)
+from jaxrlhf.config.data import DataSection, Source, Sources, TextDataSection
+from jaxrlhf.config.evaluation import EvaluationSection
+from jaxrlhf.config.loss import LMLossSection, PreferenceLossSection, RewardLossSection
+from jaxrlhf.config.mesh import Mesh
+from jaxrlhf.config.model import Architecture, ModelSection
+from jaxrlhf.config.optim import OptimSection
+from jaxrlhf.config.reward import Rewards
+from jaxrlhf.config.rl import RLSection
+from jaxrlhf.config.sampling import ChatSamplingSection, RLSamplingSection, SamplingSection
+from jaxrlhf.config.train import TrainSection
+from jaxrlhf.config.world import WorldSizes
+
+Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list), FREE]
+Models = Annotated[list[ModelName], BeforeValidator(as_list)]
+Paths = Annotated[list[PathName], BeforeValidator(as_list)]
+Texts = Annotated[list[str], BeforeValidator(as_list)]
+
+
+class StageConfig(Section):
+    """What every stage has. `summary` is the line of its help."""
+
+    summary: ClassVar[str] = ""
+    # Dotted fields without which the stage cannot start, and how each is usually given.
+    needs: ClassVar[dict[str, str]] = {}
+
+    seed: Natural = Field(0, description="everything random is a function of it")
+    output_dir: PathName | None = Field(
+        None, description="the run directory; null = runs/<stage>-<time>"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> StageConfig:
+        missing = []
+        for path, how in self.needs.items():
+            value = self
+            for key in path.split("."):
+                value = getattr(value, key)
+            if value is None or value == []:
+                missing.append(f"{path}: is needed; {how}")
+        if missing:
+            raise ValueError("\n".join(missing))
+        return self
+
+
+MODEL = "give a run directory, an HF folder or a hub name, e.g. model=PATH (or -m PATH)"
+TRAIN_ROWS = "give rows to learn from, e.g. data.train=rows.jsonl"
+
+
+class TrainingConfig(StageConfig):
+    """What every stage that trains has."""
+
+    needs: ClassVar[dict[str, str]] = {"model.path": MODEL, "data.train": TRAIN_ROWS}
+
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    mesh: Mesh = Mesh()
+    train: TrainSection = TrainSection()
+    optim: OptimSection = OptimSection()
+    track: Trackers = Field(
+        ["tensorboard"], description="where metrics go besides metrics.jsonl: tensorboard, wandb"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _held_out(self) -> TrainingConfig:
+        if self.data.eval and self.data.eval_fraction is not None:
+            raise ValueError(
+                f"data.eval and data.eval_fraction = {self.data.eval_fraction} are both given: "
+                "rows are held out by one of them"
+            )
+        watched = self.train.eval_every is not None or self.train.keep_best is not None
+        if watched and not (self.data.eval or self.data.eval_fraction is not None):
+            key = "keep_best" if self.train.keep_best is not None else "eval_every"
+            raise ValueError(
+                f"train.{key} = {getattr(self.train, key)} has nothing to evaluate on: give "
+                "data.eval or data.eval_fraction"
+            )
+        return self
+
+
+class PretrainConfig(TrainingConfig):
+    """A language model from fresh weights (model.init), or training of one continued."""
+
+    summary: ClassVar[str] = "a language model on plain text, from fresh weights or continued"
+    needs: ClassVar[dict[str, str]] = {"data.train": TRAIN_ROWS}
+
+    data: TextDataSection = TextDataSection()
+    loss: LMLossSection = LMLossSection()
+
+    @pydantic.model_validator(mode="after")
+    def _origin(self) -> PretrainConfig:
+        if self.model.path is None and self.model.init is None:
+            raise ValueError("model: give model.init (a fresh model's shape) or model.path")
+        if self.model.init is not None and self.model.tokenizer is None:
+            raise ValueError("model.tokenizer: is needed with model.init; give a tokenizer folder")
+        return self
+
+
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    summary: ClassVar[str] = "supervised fine-tuning on demonstrations"
+    loss: LMLossSection = LMLossSection()
+
+
+class RewardConfig(TrainingConfig):
+    """A reward model from comparisons; data.train holds prompt, chosen, rejected."""
+
+    summary: ClassVar[str] = "a reward model from comparisons"
+    loss: RewardLossSection = RewardLossSection()
+
+
+class DPOConfig(TrainingConfig):
+    """Every offline preference loss (loss.name)."""
+
+    summary: ClassVar[str] = "a policy straight from comparisons (DPO; loss.name picks the loss)"
+    reference: ModelName | None = Field(
+        None, description="the frozen model stayed close to; null = the model as it starts"
+    )
+    loss: PreferenceLossSection = PreferenceLossSection()
+
+
+class PPOConfig(TrainingConfig):
+    """Every online estimator (rl.advantage); train.batch_size counts episodes an iteration."""
+
+    summary: ClassVar[str] = "a policy by reinforcement learning against rewards"
+    needs: ClassVar[dict[str, str]] = {
+        "model.path": MODEL,
+        "data.train": "give prompts, e.g. data.train=prompts.jsonl",
+        "reward": "give a reward model, module:function or file.py:function, e.g. reward=PATH",
+        "train.steps": "give the number of iterations, e.g. train.steps=100",
+    }
+    reference: ModelName | None = Field(
+        None, description="the frozen model stayed close to; null = the policy as it starts"
+    )
+    reward: Rewards = Field(default_factory=list, description="what is maximised")
+    gold: Rewards = Field(
+        default_factory=list, description="held-out judges: scored at evaluations, never trained on"
+    )
+    sampling: RLSamplingSection = RLSamplingSection()
+    rl: RLSection = RLSection()
+
+    @pydantic.model_validator(mode="after")
+    def _episodes_divide(self) -> PPOConfig:
+        episodes, parts, group = (
+            self.train.batch_size,
+            self.rl.minibatches,
+            self.rl.samples_per_prompt,
+        )
+        wrong = []
+        if self.train.epochs is not None:
+            wrong.append(f"train.epochs = {self.train.epochs}: ppo counts iterations, train.steps")
+        if episodes is not None and episodes % parts:
+            wrong.append(
+                f"train.batch_size = {episodes} must be a multiple of rl.minibatches = {parts}"
+            )
+        if episodes is not None and episodes % group:
+            wrong.append(
+                f"train.batch_size = {episodes} episodes must be a multiple of "
+                f"rl.samples_per_prompt = {group}"
+            )
+        if self.rl.critic == "reward":
+            models = [term for term in self.reward if term.kind == "model"]
+            if self.reward and len(models) != 1:
+                wrong.append(
+                    "rl.critic = reward starts values from the reward model, but reward holds "
+                    f"{len(models)} models; use critic: policy or shared"
+                )
+        if self.sampling.max_new_tokens >= self.data.max_length:
+            wrong.append(
+                f"sampling.max_new_tokens = {self.sampling.max_new_tokens} leaves no room for a "
+                f"prompt in data.max_length = {self.data.max_length}"
+            )
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+class GenerateConfig(StageConfig):
+    """Completions for prompts: rows {prompt, completion, token_ids, logprobs, finish_reason}."""
+
+    summary: ClassVar[str] = "completions for prompts"
+    needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
+
+    model: ModelSection = ModelSection()
+    mesh: Mesh = Mesh()
+    prompt: Texts = Field(default_factory=list, description="prompts as text")
+    prompts: Sources = Field(default_factory=list, description="prompts as rows")
+    n: Positive = Field(1, description="completions per prompt")
+    max_prompt_length: Positive = Field(512, description="longest prompt, tokens")
+    truncation: Literal["error", "drop", "left", "right"] = Field(
+        "left", description="what happens to a longer one"
+    )
+    template: str | None = Field(
+        None, description="chat template for prompts that are messages; null = the tokenizer's own"
+    )
+    sampling: SamplingSection = SamplingSection()
+    output: PathName | None = Field(
+        None, description="the jsonl file written; null = completions.jsonl in the run directory"
+    )
+
+    @pydantic.model_validator(mode="after")
+    def _has_prompts(self) -> GenerateConfig:
+        if not self.prompt and not self.prompts:
+            raise ValueError("prompts: is needed; give --prompt TEXT or --prompts FILE.jsonl")
+        return self
+
+
+class ScoreConfig(StageConfig):
+    """Log-probabilities of completions, or rewards, as the model's kind has it."""
+
+    summary: ClassVar[str] = "log-probs or rewards of given completions"
+    needs: ClassVar[dict[str, str]] = {
+        "model.path": MODEL,
+        "data": "give rows with prompt and completion: jsonl, json, csv or parquet",
+    }
+    model: ModelSection = ModelSection()
+    mesh: Mesh = Mesh()
+    data: Sources = Field(default_factory=list, description="rows of prompt and completion")
+    max_length: Positive = Field(512, description="longest row, tokens; a longer one is an error")
+    batch_size: Positive = Field(64, description="rows scored at a time, over all devices")
+    output: PathName | None = Field(
+        None, description="the jsonl file written; null = scores.jsonl in the run directory"
+    )
+
+
+class EvalConfig(StageConfig):
+    """Figures of one model with their intervals, written to eval.json."""
+
+    summary: ClassVar[str] = "perplexity, accuracy, rewards, KL, win rates with intervals"
+    needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
+
+    model: ModelSection = ModelSection()
+    mesh: Mesh = Mesh()
+    label: str | None = Field(None, description="name in the report; null = the stage's or model's")
+    data: DataSection = Field(
+        DataSection(), description="data.eval: text for perplexity, comparisons for accuracy"
+    )
+    prompts: Sources = Field(default_factory=list, description="prompts that are completed")
+    reference: ModelName | None = Field(None, description="KL is measured against this model")
+    baseline: ModelName | None = Field(
+        None, description="win rate against this model's completions, judged by gold, else proxy"
+    )
+    proxy: Rewards = Field(default_factory=list, description="what was optimised")
+    gold: Rewards = Field(default_factory=list, description="what was meant")
+    sampling: SamplingSection = SamplingSection()
+    eval: EvaluationSection = EvaluationSection()
+    batch_size: Positive = Field(64, description="rows at a time, over all devices")
+
+    @pydantic.model_validator(mode="after")
+    def _something_to_do(self) -> EvalConfig:
+        wrong = []
+        if not self.prompts and not self.data.eval:
+            wrong.append("data.eval: is needed (text or comparisons), or prompts (to be completed)")
+        for key in ("baseline", "reference", "proxy", "gold"):
+            if getattr(self, key) and not self.prompts:
+                wrong.append(f"{key} is measured on completions: prompts is needed")
+        if self.baseline and not (self.gold or self.proxy):
+            wrong.append("baseline needs a judge of the two: give gold or proxy")
+        n = self.eval.samples_per_prompt
+        if too_many := [k for k in self.eval.best_of if k > n]:
+            wrong.append(
+                f"eval.best_of = {too_many} is more than eval.samples_per_prompt = {n} completions"
+            )
+        if self.eval.best_of and not self.proxy:
+            wrong.append("eval.best_of chooses by proxy: give proxy")
+        if wrong:
+            raise ValueError("\n".join(wrong))
+        return self
+
+
+class WorldConfig(StageConfig):
+    """The embedded customer-support world: texts, demonstrations, prompts and a tokenizer."""
+
+    summary: ClassVar[str] = "the embedded synthetic world's files"
+    world_seed: Natural | None = Field(None, description="of the generator; null = seed")
+    sizes: WorldSizes = WorldSizes()
+
+
+class LabelConfig(StageConfig):
+    """Simulated labelers of a world rank the completions of each prompt."""
+
+    summary: ClassVar[str] = "rankings of completions by simulated labelers"
+    needs: ClassVar[dict[str, str]] = {
+        "world": "give the folder a world stage wrote",
+        "completions": "give rows of prompt and completion, e.g. a generate stage's output",
+    }
+    world: SourceName | None = Field(None, description="the folder of the world")
+    completions: Sources = Field(
+        default_factory=list, description="several completions per prompt, as generate writes them"
+    )
+    pairs: Literal["all", "adjacent", "best_worst"] = Field(
+        "all", description="which comparisons are made of a ranking"
+    )
+    eval_fraction: OpenShare = Field(0.1, description="share of prompts kept for held-out pairs")
+
+
+class ReportConfig(StageConfig):
+    """One self-contained HTML of one or several runs."""
+
+    summary: ClassVar[str] = "one HTML page of plots, tables and samples"
+    needs: ClassVar[dict[str, str]] = {"runs": "give run directories"}
+    runs: Paths = Field(default_factory=list, description="run or pipeline directories")
+    title: str | None = Field(None, description="headline; null = told by the runs")
+    output: PathName | None = Field(
+        None, description="the file written; null = report.html in the (first) run"
+    )
+
+
+class ExportConfig(StageConfig):
+    """A run as a folder that transformers loads, parity-checked."""
+
+    summary: ClassVar[str] = "a run as an HF folder"
+    needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
+    model: ModelSection = ModelSection()
+    format: Literal["hf"] = Field("hf", description="hf: config.json, safetensors, tokenizer, card")
+    output: PathName | None = Field(None, description="the folder; null = export/ in the run")
+
+
+class ChatConfig(StageConfig):
+    """Talk to a model in the terminal."""
+
+    summary: ClassVar[str] = "talk to a model in the terminal"
+    needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
+    model: ModelSection = ModelSection()
+    mesh: Mesh = Mesh()
+    template: str | None = Field(None, description="chat template; null = the tokenizer's own")
+    system: str | None = Field(None, description="system message")
+    sampling: ChatSamplingSection = ChatSamplingSection()
+
+
+class DataShowConfig(StageConfig):
+    """Decoded rows coloured by loss mask, lengths, and what is dropped and why."""
+
+    summary: ClassVar[str] = "rows as the model will see them"
+    needs: ClassVar[dict[str, str]] = {"data.train": "name a SOURCE"}
+    model: ModelSection = ModelSection()
+    data: DataSection = DataSection()
+    rows: Positive = Field(4, description="rows shown")
+
+
+class DataPairsConfig(StageConfig):
+    """Rankings or ratings to pairs."""
+
+    summary: ClassVar[str] = "rankings or ratings to pairs"
+    needs: ClassVar[dict[str, str]] = {"data": "name a SOURCE"}
+    data: Sources = Field(default_factory=list, description="rows with completions and ranks")
+    pairs: Literal["all", "adjacent", "best_worst"] = Field(
+        "all", description="which comparisons are made of a ranking"
+    )
+    ties: Literal["skip", "keep"] = Field("skip", description="pairs of equal rank")
+    output: PathName | None = Field(None, description="the jsonl file written; null = stdout")
+
+
+# Commands and pipeline stages by name.
+STAGES: dict[str, type[StageConfig]] = {
+    "world": WorldConfig,
+    "pretrain": PretrainConfig,
+    "sft": SFTConfig,
+    "generate": GenerateConfig,
+    "label": LabelConfig,
+    "reward": RewardConfig,
+    "dpo": DPOConfig,
+    "ppo": PPOConfig,
+    "score": ScoreConfig,
+    "eval": EvalConfig,
+    "export": ExportConfig,
+    "report": ReportConfig,
+    "chat": ChatConfig,
+    "data show": DataShowConfig,
+    "data pairs": DataPairsConfig,
+}
+TRAINING = ("pretrain", "sft", "reward", "dpo", "ppo")
+# What a pipeline can hold: everything that leaves files behind.
+PIPELINE_STAGES = tuple(name for name in STAGES if name != "chat" and " " not in name)
+
+__all__ = ["PIPELINE_STAGES", "STAGES", "TRAINING", "Architecture", "Source", "StageConfig"]

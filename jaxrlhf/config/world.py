@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The embedded synthetic world: how large, and how its labelers are asked."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from jaxrlhf.config.base import Positive, Section
+
+
+class WorldSizes(Section):
+    """Rows of each file that is generated."""
+
+    pretraining: Positive = Field(20_000, description="texts of mixed support talk")
+    demonstrations: Positive = Field(4_000, description="prompts with a reply of varied quality")
+    prompts_train: Positive = Field(4_000, description="prompts for sampling and RL")
+    prompts_eval: Positive = Field(256, description="held-out prompts")
+    vocabulary: Positive = Field(320, description="largest size of the trained tokenizer, tokens")
