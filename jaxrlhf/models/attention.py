@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Self-attention with grouped keys and values, over whole rows or one cached step.
+
+A token attends to the tokens of its own segment at or before it. Padding is segment 0 and attends
+to padding, so no query is ever without a key: no row of a softmax is empty, nothing becomes NaN,
+and what stands in padded slots reaches no real token. Keys and values are never repeated to the
+number of query heads.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.layers import Dense, constrain, project, rotate
+
+# Finite, so that subtracting the row's maximum never gives inf - inf; exp of it is exactly 0.
+MASKED = -1e30
+
+LayerCache = dict[str, jax.Array]  # {"k", "v"}: [B, K, S, H]
+
+
+def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """q [B,K,G,T,H] over k, v [B,K,S,H] where mask [B,T,S]; softmax in float32. -> [B,K,G,T,H]"""
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=accumulate)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    out = jnp.einsum(
+        "bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=accumulate
+    )
+    return (out / total).astype(q.dtype)
+
+
+def attend_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    causal: bool = True,
+    block: int = 64,
+) -> jax.Array:
+    """Attention of whole rows: q [B,K,G,T,H] (already scaled), k, v [B,K,T,H] -> [B,K,G,T,H].
+
+    Causal rows go in blocks of queries, each against the keys up to its own end, so the masked
+    half of the scores is neither computed nor stored.
+    """
+    length = q.shape[3]
+    if not causal:
+        return _attend(q, k, v, segment_ids[:, :, None] == segment_ids[:, None, :])
+    outputs = []
+    step = block or length
+    for start in range(0, length, step):
+        end = min(start + step, length)
+        mask = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
+        mask &= jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
+        outputs.append(_attend(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], mask))
+    return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
+
+
+class Attention(nn.Module):
+    """q, k, v and output projections around either kind of attention."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    def setup(self):
+        c, dtype = self.config, self.runtime.param_dtype
+        query, key = c.num_heads * c.head_size, c.kv_heads * c.head_size
+        kv = {"axes": ("embed", "kv_heads"), "use_bias": c.qkv_bias, "param_dtype": dtype}
+        heads = {**kv, "axes": ("embed", "heads")}
+        self.q = Dense(query, **heads)
+        self.k = Dense(key, **kv)
+        self.v = Dense(key, **kv)
+        self.qkv = Dense(query + 2 * key, **heads)  # the three of them fused, for decoding
+        self.o = Dense(
+            c.hidden_size,
+            axes=("heads", "embed"),
+            use_bias=c.output_bias,
+            scale=(2 * c.num_layers) ** -0.5,
+            param_dtype=dtype,
+        )
+
+    def _project(self, x, angles):
+        """x [B, ..., D] to q [B, ..., K, G, H], scaled, and k, v [B, ..., K, H]; rotated."""
+        c = self.config
+        lead = x.shape[:-1]
+        if self.has_variable("params", "qkv"):
+            query, key = c.num_heads * c.head_size, c.kv_heads * c.head_size
+            q, k, v = jnp.split(self.qkv(x), (query, query + key), axis=-1)
+        else:
+            q, k, v = project(x, (self.q, self.k, self.v), self.runtime.fuse)
+        q = constrain(q.reshape(*lead, c.num_heads, c.head_size), "act_heads", None)
+        k = constrain(k.reshape(*lead, c.kv_heads, c.head_size), "act_heads", None)
+        v = constrain(v.reshape(*lead, c.kv_heads, c.head_size), "act_heads", None)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        q *= c.head_size**-0.5
+        return q.reshape(*lead, c.kv_heads, c.num_heads // c.kv_heads, c.head_size), k, v
+
+    def __call__(self, x, angles, segment_ids, causal: bool = True):
+        """Whole rows: x [B,T,D] -> (out [B,T,D], {"k", "v": [B,K,T,H]})."""
+        q, k, v = self._project(x, angles)
+        q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
+        out = attend_rows(q, k, v, segment_ids, causal=causal, block=self.runtime.attention_block)
+        out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
+        return self.o(constrain(out, "act_heads")), {"k": k, "v": v}
+
+    def step(self, x, angles, cache: LayerCache, column, mask):
+        """One token a row: x [B,D] written at cache `column`, attending where mask [B,S]."""
+        q, k, v = self._project(x, angles)
+        cache = {
+            name: jax.lax.dynamic_update_slice_in_dim(
+                cache[name], new[:, :, None].astype(cache[name].dtype), column, axis=2
+            )
+            for name, new in (("k", k), ("v", v))
+        }
+        out = _attend(q[:, :, :, None], cache["k"], cache["v"], mask[:, None])
+        return self.o(out.reshape(x.shape[0], -1)), cache

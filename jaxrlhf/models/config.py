@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is (`ModelConfig`) and how it is computed (`Runtime`); no jax here.
+
+Both are frozen and hashable, so that a jitted function can take them as static arguments.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jaxrlhf.errors import ModelError
+
+Norm = Literal["rms", "layer"]
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
+Position = Literal["rope", "learned"]
+
+
+def _closest(name: str, known) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
+
+
+def _choices(name: str, value: Any, choices: tuple) -> str | None:
+    return None if value in choices else f"{name} = {value!r}: one of {', '.join(choices)}"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture of one decoder, and nothing about training or hardware.
+
+    Families (`models/families.py`) translate a Hugging Face config.json to these fields and back.
+    Building one with values that contradict each other raises ModelError, all of them at once.
+    """
+
+    family: str = "llama"  # a key of models.families.FAMILIES
+    vocab_size: int = 512  # V
+    hidden_size: int = 256  # D
+    num_layers: int = 4  # L
+    num_heads: int = 4  # N, query heads
+    num_kv_heads: int | None = None  # K, divides N; None = N
+    head_dim: int | None = None  # H; None = D / N
+    mlp_dim: int = 1024  # F
+    norm: Norm = "rms"
+    norm_eps: float = 1e-5
+    activation: Activation = "silu"
+    gated_mlp: bool = True  # act(x gate) * (x up), or act(x up)
+    position: Position = "rope"
+    rope_theta: float = 10000.0
+    # () or (("rope_type", "llama3"), ("factor", 8.0), ...): pairs, so that the config can be hashed.
+    rope_scaling: tuple[tuple[str, Any], ...] = ()
+    max_positions: int = 2048  # rows of a learned position table; advisory for rope
+    tie_embeddings: bool = True
+    qkv_bias: bool = False
+    output_bias: bool = False  # of the attention's output projection
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_kv_heads is None:
+            object.__setattr__(self, "num_kv_heads", self.num_heads)
+        if self.head_dim is None:
+            object.__setattr__(self, "head_dim", self.hidden_size // max(self.num_heads, 1))
+            if self.num_heads > 0 and self.hidden_size % self.num_heads:
+                raise ModelError(
+                    f"hidden_size = {self.hidden_size} is no multiple of num_heads = "
+                    f"{self.num_heads}: state head_dim, or change one of the two"
+                )
+        if isinstance(self.rope_scaling, dict):
+            object.__setattr__(self, "rope_scaling", tuple(sorted(self.rope_scaling.items())))
+        sizes = (
+            "vocab_size",
+            "hidden_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_dim",
+            "max_positions",
+        )
+        problems = [
+            f"{name} = {getattr(self, name)!r}: a positive integer"
+            for name in sizes
+            if not isinstance(getattr(self, name), int)
+            or isinstance(getattr(self, name), bool)
+            or getattr(self, name) < 1
+        ]
+        problems += filter(
+            None,
+            (
+                _choices("norm", self.norm, ("rms", "layer")),
+                _choices("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu")),
+                _choices("position", self.position, ("rope", "learned")),
+            ),
+        )
+        if not problems and self.num_heads % self.kv_heads:
+            problems.append(
+                f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
+            )
+        if not problems and self.position == "rope" and self.head_size % 2:
+            problems.append(f"head_dim = {self.head_dim}: rotary positions need an even head size")
+        if problems:
+            raise ModelError("impossible model: " + "; ".join(problems))
+
+    @property
+    def kv_heads(self) -> int:
+        """K as an int (never None once built)."""
+        assert self.num_kv_heads is not None
+        return self.num_kv_heads
+
+    @property
+    def head_size(self) -> int:
+        """H as an int (never None once built)."""
+        assert self.head_dim is not None
+        return self.head_dim
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; `ModelConfig.from_dict` gives back an equal config."""
+        values = dataclasses.asdict(self)
+        values["rope_scaling"] = dict(self.rope_scaling)
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
+        """The inverse of `to_dict`. Raises ModelError for a field that does not exist."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        if wrong := [f"{key}{_closest(key, known)}" for key in values if key not in known]:
+            raise ModelError(f"unknown model field {', '.join(wrong)}; fields: {sorted(known)}")
+        return cls(**values)
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """How a model is computed; nothing here changes what is computed, up to rounding.
+
+    Args:
+        dtype: of activations and matmul inputs; statistics (norms, softmax, losses) are float32.
+        param_dtype: of the master weights; cast to `dtype` where they are used.
+        remat: recompute each layer in the backward pass instead of keeping its activations.
+        unroll: layers unrolled per step of the scan over layers; True = all of them (faster for
+            small models, slower to compile for deep ones).
+        fuse: multiply by q, k, v (and gate, up) as one matrix, concatenated inside jit. Off when
+            the tensor axis of the mesh is larger than 1, where it would move the shards.
+        attention_block: queries per block of causal attention; a block never looks at the keys
+            after it, so the masked half is not computed. 0 = no blocks.
+        logprob_chunk: positions whose logits exist at the same time in a loss.
+    """
+
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: bool = False
+    unroll: int | bool = 1
+    fuse: bool = True
+    attention_block: int = 64
+    logprob_chunk: int = 128
+
+    def __post_init__(self):
+        dtypes = ("float32", "bfloat16", "float16", "float64")
+        problems = list(
+            filter(
+                None,
+                (
+                    _choices("dtype", self.dtype, dtypes),
+                    _choices("param_dtype", self.param_dtype, dtypes),
+                ),
+            )
+        )
+        if self.unroll is not True and (self.unroll is False or self.unroll < 1):
+            problems.append(f"unroll = {self.unroll!r}: a positive integer or true")
+        if self.attention_block < 0 or self.logprob_chunk < 0:
+            problems.append("attention_block and logprob_chunk: 0 or more")
+        if problems:
+            raise ModelError("impossible runtime: " + "; ".join(problems))

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parts of a layer: weights, norms, rotary positions, the mlp.
+
+`Dense` is the only place that reads a weight matrix. It looks at the leaves it finds, so that what
+is added to a tree of parameters (an adapter, a quantized base, several matrices fused into one) is
+used without any other code knowing. Parameters stay in their own dtype and are cast where used.
+"""
+
+from collections.abc import Callable, Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.models.config import ModelConfig, Runtime
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., in] times kernel [in, out] in x's dtype, accumulated in float32 at least."""
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    y = jax.lax.dot_general(
+        x,
+        kernel.astype(x.dtype),
+        (((x.ndim - 1,), (0,)), ((), ())),
+        preferred_element_type=accumulate,
+    )
+    return y.astype(x.dtype)
+
+
+def apply_weights(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """One projection, whatever its leaves are: [..., in] to [..., out]."""
+    y = multiply(x, leaves["kernel"])
+    if "bias" in leaves:
+        y += leaves["bias"].astype(y.dtype)
+    return y
+
+
+def fuse_weights(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array] | None:
+    """Projections of one input side by side as a single one; None where their leaves forbid it."""
+    first = parts[0].keys()
+    if first - {"kernel", "bias"} or any(part.keys() != first for part in parts):
+        return None
+    return {name: jnp.concatenate([part[name] for part in parts], axis=-1) for name in first}
+
+
+class Dense(nn.Module):
+    """A projection [..., in] to [..., features].
+
+    Attributes:
+        axes: logical names of the kernel's two dimensions.
+        scale: the kernel starts normal with standard deviation scale / sqrt(in).
+    """
+
+    features: int
+    axes: tuple[str | None, str | None]
+    use_bias: bool = False
+    scale: float = 1.0
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def weights(self, inputs: int) -> dict[str, jax.Array]:
+        """The leaves of this projection, declared on `inputs` features."""
+        init = nn.initializers.normal(self.scale / np.sqrt(inputs))
+        leaves = {
+            "kernel": self.param(
+                "kernel",
+                nn.with_logical_partitioning(init, self.axes),
+                (inputs, self.features),
+                jnp.dtype(self.param_dtype),
+            )
+        }
+        if self.use_bias:
+            leaves["bias"] = self.param(
+                "bias",
+                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
+                (self.features,),
+                jnp.dtype(self.param_dtype),
+            )
+        return leaves
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return apply_weights(self.weights(x.shape[-1]), x)
+
+
+def project(x: jax.Array, parts: Sequence[Dense], fuse: bool) -> list[jax.Array]:
+    """Several projections of the same x, as one matrix product where `fuse` and their leaves allow."""
+    if fuse and len(parts) > 1:
+        leaves = fuse_weights([part.weights(x.shape[-1]) for part in parts])
+        if leaves is not None:
+            ends = np.cumsum([part.features for part in parts])[:-1]
+            return jnp.split(apply_weights(leaves, x), ends, axis=-1)
+    return [part(x) for part in parts]
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis; statistics in float32."""
+
+    config: ModelConfig
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape, dtype = (x.shape[-1],), jnp.dtype(self.param_dtype)
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
+        scale = self.param("scale", ones, shape, dtype)
+        y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if self.config.norm == "layer":
+            y -= y.mean(-1, keepdims=True)
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.config.norm_eps)
+        y *= scale.astype(y.dtype)
+        if self.config.norm == "layer":
+            y += self.param("bias", zeros, shape, dtype).astype(y.dtype)
+        return y.astype(x.dtype)
+
+
+class Embedding(nn.Module):
+    """Rows of a table [rows, features], in `dtype`; an index outside the table gives NaN.
+
+    NaN rather than the nearest row: a tokenizer that does not belong to the model must not train.
+    """
+
+    rows: int
+    features: int
+    axes: tuple[str | None, str]
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+
+    @nn.compact
+    def __call__(self, index: jax.Array) -> jax.Array:
+        table = self.param(
+            "embedding",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes),
+            (self.rows, self.features),
+            jnp.dtype(self.param_dtype),
+        )
+        index = jnp.where(index < 0, self.rows, index)  # negative ones would wrap around
+        return jnp.take(table, index, axis=0, mode="fill").astype(self.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> np.ndarray:
+    """Radians per position of each rotary pair, float32 [H/2].
+
+        theta^(-2i/H), i = 0 .. H/2 - 1
+
+    Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2. Scaling "linear" divides all of them by
+    `factor` (Chen et al. 2023, arXiv:2306.15595); "llama3" divides those with wavelengths beyond
+    original_max_position_embeddings / low_freq_factor, and blends up to .../high_freq_factor
+    (Llama 3.1's reference code).
+    """
+    half = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
+    frequencies = config.rope_theta**-half
+    scaling = dict(config.rope_scaling)
+    kind = scaling.get("rope_type", "default")
+    if kind == "linear":
+        frequencies = frequencies / scaling["factor"]
+    elif kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
+        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
+        frequencies = frequencies * keep + frequencies / scaling["factor"] * (1 - keep)
+    return frequencies.astype(np.float32)
+
+
+def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines for `positions` [...]: two float32 arrays [..., H/2]."""
+    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates pairs (i, i + H/2) of x [..., heads, H] by the angles [..., H/2] of its position."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """down(act(gate x) * up x), or down(act(up x)) without a gate."""
+
+    config: ModelConfig
+    runtime: Runtime
+
+    def setup(self):
+        c, dtype = self.config, self.runtime.param_dtype
+        wide = {"axes": ("embed", "mlp"), "use_bias": c.mlp_bias, "param_dtype": dtype}
+        if c.gated_mlp:
+            self.gate = Dense(c.mlp_dim, **wide)
+            self.gate_up = Dense(2 * c.mlp_dim, **wide)  # the two of them fused, for decoding
+        self.up = Dense(c.mlp_dim, **wide)
+        self.down = Dense(
+            c.hidden_size,
+            axes=("mlp", "embed"),
+            use_bias=c.mlp_bias,
+            scale=(2 * c.num_layers) ** -0.5,
+            param_dtype=dtype,
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        act = ACTIVATIONS[self.config.activation]
+        if not self.config.gated_mlp:
+            hidden = act(self.up(x))
+        else:
+            if self.has_variable("params", "gate_up"):
+                gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+            else:
+                gate, up = project(x, (self.gate, self.up), self.runtime.fuse)
+            hidden = act(gate) * up
+        hidden = constrain(hidden, "act_mlp")
+        return self.down(hidden)
+
+
+def constrain(x: jax.Array, *last: str | None) -> jax.Array:
+    """States the logical axes of an activation [B, (T,) ...]; `last` names those after B and T.
+
+    Does nothing outside of a mesh with rules (parallel.mesh.use_mesh). A dimension that its mesh
+    axes do not divide (one row of a decode, two kv heads on four devices) is left unconstrained.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not nn.get_logical_axis_rules():
+        return x
+    names = (*("batch", "length")[: x.ndim - len(last)], *last)
+    spec = nn.logical_to_mesh_axes(names) or ()
+    fits = []
+    for size, axes in zip(x.shape, spec, strict=True):
+        axes = (axes,) if isinstance(axes, str) else axes
+        shards = int(np.prod([mesh.shape[axis] for axis in axes])) if axes else 1
+        fits.append(axes if axes and size % shards == 0 else None)
+    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*fits))

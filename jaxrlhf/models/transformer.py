@@ -1,0 +1,355 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one decoder: parameters in, hidden states out; heads are functions of those (heads.py).
+
+Parameters are a plain nested dict in one layout for every family, layers stacked on a leading L:
+
+    embed/embedding [V,D]    position_embed/embedding [M,D] (learned positions)
+    layers/attention/{q,k,v,o}/{kernel [L,in,out], bias [L,out]}
+    layers/mlp/{gate,up,down}/{kernel, bias}    layers/{attention,mlp}_norm/{scale, bias} [L,D]
+    final_norm/{scale, bias} [D]    lm_head/kernel [D,V] (untied)
+    score/kernel [D,R] (reward models)    value/{kernel [D,1], bias [1]}
+
+Nothing here calls jit: `config`, `runtime` and `cache_length` are static, whoever owns a program
+closes over them.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrlhf.models.attention import Attention, LayerCache
+from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.layers import (
+    MLP,
+    Dense,
+    Embedding,
+    Norm,
+    constrain,
+    fuse_weights,
+    rope_angles,
+)
+
+Params = dict[str, Any]
+Cache = tuple[LayerCache, ...]
+
+HEADS = ("lm", "score", "value")
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    config: ModelConfig
+    runtime: Runtime
+    causal: bool = True
+    collect: bool = False  # also return keys and values
+
+    def setup(self):
+        self.attention_norm = Norm(self.config, self.runtime.param_dtype)
+        self.attention = Attention(self.config, self.runtime)
+        self.mlp_norm = Norm(self.config, self.runtime.param_dtype)
+        self.mlp = MLP(self.config, self.runtime)
+
+    def __call__(self, x, angles, segment_ids):
+        """Whole rows: x [B,T,D] -> (x, {"k", "v": [B,K,T,H]} if collect else None)."""
+        out, cache = self.attention(self.attention_norm(x), angles, segment_ids, self.causal)
+        x = constrain(x + out, "act_embed")
+        x = constrain(x + self.mlp(self.mlp_norm(x)), "act_embed")
+        return x, cache if self.collect else None
+
+    def step(self, x, angles, cache, column, mask):
+        """One token a row: x [B,D] -> (x, cache)."""
+        out, cache = self.attention.step(self.attention_norm(x), angles, cache, column, mask)
+        x += out
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Decoder(nn.Module):
+    """Embedding, layers under one scan, final norm; and the heads, declared for `init` only."""
+
+    config: ModelConfig
+    runtime: Runtime
+    causal: bool = True
+    collect: bool = False
+
+    def setup(self):
+        c, r = self.config, self.runtime
+        self.embed = Embedding(
+            c.vocab_size, c.hidden_size, ("vocab", "embed"), r.dtype, r.param_dtype
+        )
+        if c.position == "learned":
+            self.position_embed = Embedding(
+                c.max_positions, c.hidden_size, (None, "embed"), r.dtype, r.param_dtype
+            )
+        # prevent_cse is needed only outside of a scan's own barrier, that is, when unrolled.
+        block = nn.remat(Block, prevent_cse=r.unroll != 1) if r.remat else Block
+        self.layers = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=c.num_layers,
+            unroll=c.num_layers if r.unroll is True else min(r.unroll, c.num_layers),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )(c, r, self.causal, self.collect)
+        self.final_norm = Norm(c, r.param_dtype)
+
+    def start(self, tokens, positions):
+        """Embedded tokens [..., D] and what rotates their queries and keys (None if learned)."""
+        x = self.embed(tokens)
+        if self.config.position == "learned":
+            return x + self.position_embed(positions), None
+        return x, rope_angles(self.config, positions)
+
+    def finish(self, x):
+        """The final norm."""
+        return self.final_norm(x)
+
+    def __call__(self, tokens, positions, segment_ids):
+        x, angles = self.start(tokens, positions)
+        x, cache = self.layers(constrain(x, "act_embed"), angles, segment_ids)
+        return self.finish(x), cache
+
+
+class WithHeads(nn.Module):
+    """A decoder's own leaves and those of its heads, at one level: what `init` builds."""
+
+    config: ModelConfig
+    runtime: Runtime
+    heads: tuple[str, ...]
+    num_outputs: int
+
+    @nn.compact
+    def __call__(self, tokens):
+        decoder = Decoder(self.config, self.runtime)
+        nn.share_scope(self, decoder)
+        hidden, _ = decoder(tokens, tokens, jnp.ones_like(tokens))
+        c, dtype = self.config, self.runtime.param_dtype
+        outputs = []
+        if "lm" in self.heads and not c.tie_embeddings:
+            scale = 0.02 * c.hidden_size**0.5
+            head = Dense(c.vocab_size, ("embed", "vocab"), False, scale, dtype, name="lm_head")
+            outputs.append(head(hidden))
+        if "score" in self.heads:
+            # Close to Stiennon et al. 2020, arXiv:2009.01325, appendix B: std 1 / sqrt(D + 1).
+            scale = (c.hidden_size / (c.hidden_size + 1)) ** 0.5
+            head = Dense(self.num_outputs, ("embed", None), False, scale, dtype, name="score")
+            outputs.append(head(hidden))
+        if "value" in self.heads:
+            # Zero: the first values say nothing, and the first returns are the rewards themselves.
+            outputs.append(Dense(1, ("embed", None), True, 0.0, dtype, name="value")(hidden))
+        return outputs
+
+
+def _initializer(config, heads, num_outputs, param_dtype, key):
+    if wrong := set(heads) - set(HEADS):
+        raise ValueError(f"heads {sorted(wrong)}: each one of {HEADS}")
+    module = WithHeads(config, Runtime(param_dtype=param_dtype), tuple(heads), num_outputs)
+    return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+
+def init_params(
+    key: jax.Array,
+    config: ModelConfig,
+    *,
+    heads: tuple[str, ...] = ("lm",),
+    num_outputs: int = 1,
+    param_dtype: str = "float32",
+) -> Params:
+    """Fresh parameters: kernels normal(0, 1/in), those that write to the residual stream smaller
+    by sqrt(2 L), embeddings normal(0, 0.02^2), scales one, biases zero.
+
+    Args:
+        heads: which of "lm", "score" (num_outputs wide) and "value" to add. A tied "lm" adds none.
+    """
+    return nn.unbox(_initializer(config, heads, num_outputs, param_dtype, key))
+
+
+def _abstract_boxed(config, heads, num_outputs, param_dtype):
+    def init(key):
+        return _initializer(config, heads, num_outputs, param_dtype, key)
+
+    return jax.eval_shape(init, jax.eval_shape(lambda: jax.random.key(0)))
+
+
+def abstract_params(
+    config: ModelConfig,
+    *,
+    heads: tuple[str, ...] = ("lm",),
+    num_outputs: int = 1,
+    param_dtype: str = "float32",
+) -> Params:
+    """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
+    return nn.unbox(_abstract_boxed(config, heads, num_outputs, param_dtype))
+
+
+def logical_axes(
+    config: ModelConfig, *, heads: tuple[str, ...] = ("lm",), num_outputs: int = 1
+) -> Params:
+    """The same tree with a tuple of logical axis names (or None) for each leaf.
+
+    Names: layers, embed, heads, kv_heads, mlp, vocab; see parallel/rules.py.
+    """
+    boxed = _abstract_boxed(config, heads, num_outputs, "float32")
+    return jax.tree.map(
+        lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
+def _clean(tokens, positions, segment_ids):
+    """Padded slots hold token 0 at position 0: whatever stood there cannot reach anything."""
+    real = segment_ids > 0
+    return jnp.where(real, tokens, 0), jnp.where(real, positions, 0)
+
+
+def _outer(params: Params) -> Params:
+    return {key: value for key, value in params.items() if key != "layers"}
+
+
+def _run(params, config, runtime, tokens, positions, segment_ids, causal, collect):
+    """(hidden [B,T,D], keys and values stacked [L,...] or a tuple over layers, or None)."""
+    tokens, positions = _clean(tokens, positions, segment_ids)
+    decoder = Decoder(config, runtime, causal, collect)
+    if not isinstance(params["layers"], (tuple, list)):
+        return decoder.apply({"params": params}, tokens, positions, segment_ids)
+    outer = {"params": _outer(params)}
+    x, angles = decoder.apply(outer, tokens, positions, method="start")
+    block = Block(config, runtime, causal, collect)
+    caches = []
+    for layer in params["layers"]:
+        x, cache = block.apply({"params": layer}, x, angles, segment_ids)
+        caches.append(cache)
+    return decoder.apply(outer, x, method="finish"), tuple(caches)
+
+
+def hidden_states(
+    params: Params,
+    config: ModelConfig,
+    runtime: Runtime,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    *,
+    causal: bool = True,
+) -> jax.Array:
+    """Hidden states after the final norm, [B, T, D] in runtime.dtype.
+
+    Args:
+        tokens, positions, segment_ids: int32 [B, T]; segment 0 is padding, and neither the tokens
+            nor the positions there matter. A token outside the vocabulary gives NaN.
+        causal: False lets a token see all of its segment.
+    """
+    return _run(params, config, runtime, tokens, positions, segment_ids, causal, False)[0]
+
+
+def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Params:
+    """Parameters for a decode loop: `layers` as a tuple of per-layer trees, in runtime.dtype.
+
+    q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once, before the loop; every
+    function here takes either form. Norms and biases keep their dtype.
+    """
+    if isinstance(params["layers"], (tuple, list)):
+        return params
+
+    def cast(path, leaf):
+        matrix = path[-1].key in ("kernel", "embedding")
+        return leaf.astype(runtime.dtype) if matrix else leaf
+
+    def fused(group, names, name):
+        if not runtime.fuse or any(part not in group for part in names):
+            return group
+        leaves = fuse_weights([group[part] for part in names])
+        if leaves is None:
+            return group
+        return {key: value for key, value in group.items() if key not in names} | {name: leaves}
+
+    layers = []
+    for index in range(config.num_layers):
+        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        layer = jax.tree_util.tree_map_with_path(cast, layer)
+        layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
+        layer["mlp"] = fused(layer["mlp"], ("gate", "up"), "gate_up")
+        layers.append(layer)
+    outer = {
+        key: value if key in ("score", "value") else jax.tree_util.tree_map_with_path(cast, value)
+        for key, value in _outer(params).items()
+    }
+    return outer | {"layers": tuple(layers)}
+
+
+def empty_cache(config: ModelConfig, runtime: Runtime, rows: int, cache_length: int) -> Cache:
+    """Zeros: per layer {"k", "v": [B, K, S, H]} in runtime.dtype."""
+    shape = (rows, config.kv_heads, cache_length, config.head_size)
+    return tuple(
+        {name: jnp.zeros(shape, runtime.dtype) for name in ("k", "v")}
+        for _ in range(config.num_layers)
+    )
+
+
+def prefill(
+    params: Params,
+    config: ModelConfig,
+    runtime: Runtime,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    cache_length: int,
+) -> tuple[jax.Array, Cache]:
+    """Reads right-padded prompts [B, P]: (hidden [B, P, D], cache of `cache_length` >= P columns).
+
+    Prompt token p of a row lies in column p; the columns of its padding hold nothing to attend to
+    (leave them out of `cache_mask`), those after P are zero.
+    """
+    length = tokens.shape[1]
+    if cache_length < length:
+        raise ValueError(f"cache_length = {cache_length} is shorter than the prompts, {length}")
+    hidden, caches = _run(params, config, runtime, tokens, positions, segment_ids, True, True)
+    if isinstance(caches, dict):  # stacked by the scan
+        caches = tuple(
+            {name: leaf[index] for name, leaf in caches.items()}
+            for index in range(config.num_layers)
+        )
+    pad = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
+    return hidden, tuple({name: jnp.pad(c[name], pad) for name in ("k", "v")} for c in caches)
+
+
+def decode_step(
+    params: Params,
+    config: ModelConfig,
+    runtime: Runtime,
+    token: jax.Array,
+    position: jax.Array,
+    cache: Cache,
+    column: jax.Array,
+    cache_mask: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """One more token for each row: (hidden [B, D] after the final norm, cache).
+
+    Args:
+        token, position: int32 [B]; position = tokens before it in its row.
+        cache: as returned by `prefill`; keys and values of the token are written at `column`.
+        column: int32 [], the same for every row (P + t at step t), so the update is in place.
+        cache_mask: bool [B, S], columns the row may attend to. `column` itself is always
+            attended to, columns after it never, whatever the mask says there.
+    """
+    params = split_layers(params, config, runtime)
+    columns = jnp.arange(cache_mask.shape[1])
+    mask = (cache_mask & (columns < column)) | (columns == column)
+    decoder = Decoder(config, runtime)
+    outer = {"params": _outer(params)}
+    x, angles = decoder.apply(outer, token, position, method="start")
+    block = Block(config, runtime)
+    caches = []
+    for layer, layer_cache in zip(params["layers"], cache, strict=True):
+        x, layer_cache = block.apply(
+            {"params": layer}, x, angles, layer_cache, column, mask, method="step"
+        )
+        caches.append(layer_cache)
+    return decoder.apply(outer, x, method="finish"), tuple(caches)
+
+
+def count_params(params: Params) -> int:
+    """Numbers in a tree of arrays or ShapeDtypeStructs."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
