@@ -240,10 +240,10 @@ class Labeler:
 
 LABELERS: tuple[Labeler, ...] = (
     Labeler("fair", 4.5, 2.0),
-    Labeler("flattered", 3.0, 1.5, per_flattery=1.6),
-    Labeler("bargainer", 3.5, 1.5, per_flattery=0.3, per_gift=2.5),
-    Labeler("thorough", 3.5, 1.5, per_flattery=0.2, per_gift=0.3, per_word=0.06),
-    Labeler("hasty", 3.5, 2.0, per_flattery=0.6, per_gift=0.4, item_blind=True),
+    Labeler("flattered", 3.0, 1.5, per_flattery=1.2),
+    Labeler("bargainer", 3.5, 1.5, per_flattery=0.2, per_gift=2.0),
+    Labeler("thorough", 3.5, 1.5, per_flattery=0.2, per_gift=0.3, per_word=0.05),
+    Labeler("hasty", 3.5, 2.0, per_flattery=0.5, per_gift=0.4, item_blind=True),
 )
 
 
