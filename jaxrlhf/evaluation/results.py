@@ -127,7 +127,7 @@ class CurvePoint:
 
     `series` says which curve it belongs to: "run" (a trained model), "base", "best_of_n",
     "optimum" (the best any policy can do at that KL, from base samples); points of one series are
-    joined in order of KL. `kl` is in nats per completion; `intervals` has the fields' names as keys.
+    joined in order of KL. `kl` is in nats per completion; `intervals` has the field names as keys.
     """
 
     series: str
