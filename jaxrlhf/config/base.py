@@ -10,6 +10,7 @@ continuation).
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
@@ -32,6 +33,18 @@ class Section(pydantic.BaseModel):
         if cls.shorthand and isinstance(data, str | list):
             return {cls.shorthand: data}
         return data
+
+    def contradictions(self) -> Iterator[str]:
+        """What settings that are each right get wrong together, one message each."""
+        yield from ()
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self, info: pydantic.ValidationInfo) -> Section:
+        if info.context and info.context.get("contradictions") is False:
+            return self  # they are reported already; the rest is still to be checked
+        if wrong := list(self.contradictions()):
+            raise ValueError("\n".join(wrong))
+        return self
 
 
 @dataclasses.dataclass(frozen=True)

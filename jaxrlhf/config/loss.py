@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -23,10 +23,14 @@ class LMLossSection(Section):
 class RewardLossSection(Section, extra="allow"):
     """Other keys are keyword parameters of the loss, checked against its signature."""
 
+    shorthand: ClassVar[str | None] = "name"
+
     name: str = Field("pairwise", description="a key of losses.reward.REWARD_LOSSES")
 
 
 class PreferenceLossSection(Section, extra="allow"):
     """Other keys (beta, label_smoothing...) are keyword parameters of the loss."""
+
+    shorthand: ClassVar[str | None] = "name"
 
     name: str = Field("dpo", description="a key of losses.preference.PREFERENCE_LOSSES")

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pydantic
 from pydantic import Field
 
@@ -23,12 +25,11 @@ class Mesh(Section):
             return {**data, "fsdp": 1}
         return data
 
-    @pydantic.model_validator(mode="after")
-    def _sizes(self) -> Mesh:
+    def contradictions(self) -> Iterator[str]:
         sizes = self.model_dump()
-        if wrong := [f"{axis} = {n}" for axis, n in sizes.items() if n < 1 and n != -1]:
-            raise ValueError(f"{', '.join(wrong)}: a size is positive, or -1 = the rest")
-        if list(sizes.values()).count(-1) > 1:
-            free = " and ".join(axis for axis, n in sizes.items() if n == -1)
-            raise ValueError(f"{free} are both -1: only one axis can take the rest")
-        return self
+        for axis, n in sizes.items():
+            if n < 1 and n != -1:
+                yield f"{axis} = {n}: a size is positive, or -1 = the rest"
+        free = [axis for axis, n in sizes.items() if n == -1]
+        if len(free) > 1:
+            yield f"{' and '.join(free)} are both -1: only one axis can take the rest"

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import ClassVar, Literal
 
-import pydantic
 from pydantic import Field
 
 from jaxrlhf.config.base import DType, ModelName, Positive, PositiveFloat, Section
@@ -28,19 +28,17 @@ class Architecture(Section):
     rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary angles (llama)")
     tie_embeddings: bool = Field(True, description="the output head is the embedding, transposed")
 
-    @pydantic.model_validator(mode="after")
-    def _sizes_fit(self) -> Architecture:
+    def contradictions(self) -> Iterator[str]:
         if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(
+            yield (
                 f"hidden_size = {self.hidden_size} must be a multiple of num_heads = "
                 f"{self.num_heads} (or give head_dim)"
             )
         if self.num_kv_heads is not None and self.num_heads % self.num_kv_heads:
-            raise ValueError(
+            yield (
                 f"num_heads = {self.num_heads} must be a multiple of num_kv_heads = "
                 f"{self.num_kv_heads}"
             )
-        return self
 
 
 class ModelSection(Section):
@@ -73,8 +71,6 @@ class ModelSection(Section):
         None, description="positions whose logits exist at a time; null = chosen by vocabulary size"
     )
 
-    @pydantic.model_validator(mode="after")
-    def _one_origin(self) -> ModelSection:
+    def contradictions(self) -> Iterator[str]:
         if self.path is not None and self.init is not None:
-            raise ValueError("path and init are both given: either load a model or start a new one")
-        return self
+            yield "path and init are both given: either load a model or start a new one"

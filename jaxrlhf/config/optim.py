@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -11,6 +11,10 @@ from jaxrlhf.config.base import DType, NonNegative, PositiveFloat, Section, Shar
 
 
 class OptimSection(Section):
+    """`optim: NAME` is short for `optim.name: NAME`."""
+
+    shorthand: ClassVar[str | None] = "name"
+
     name: Literal["adamw", "adafactor", "sgd"] = Field("adamw", description="the update rule")
     learning_rate: NonNegative = Field(1e-4, description="its peak, after warmup")
     schedule: Literal["constant", "linear", "cosine"] = Field(

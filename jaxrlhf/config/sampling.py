@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any
 
-import pydantic
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BeforeValidator, Field
 
@@ -36,24 +36,22 @@ class SamplingSection(Section):
     )
 
     def filters(self) -> list[str]:
-        """The filters that are on, as `key=value`: RL samples without any."""
+        """The filters that are on, as `key = value`: RL samples without any."""
         off: dict[str, Any] = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}
-        return [f"{k}={getattr(self, k)}" for k, v in off.items() if getattr(self, k) != v]
+        return [f"{k} = {getattr(self, k)}" for k, v in off.items() if getattr(self, k) != v]
 
 
 class RLSamplingSection(SamplingSection):
     """As above; filters are refused: the sampler would not be the policy that is trained."""
 
-    @pydantic.model_validator(mode="after")
-    def _policy_is_sampled(self) -> RLSamplingSection:
+    def contradictions(self) -> Iterator[str]:
         if on := self.filters():
-            raise ValueError(
+            yield (
                 f"{', '.join(on)}: reinforcement learning samples with temperature only; a "
                 "filtered sampler is another distribution than the policy whose log-probs train"
             )
         if self.temperature == 0:
-            raise ValueError("temperature = 0: a greedy sampler does not explore; use e.g. 1")
-        return self
+            yield "temperature = 0: a greedy sampler does not explore; use e.g. 1"
 
 
 class ChatSamplingSection(SamplingSection):

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
-import pydantic
 from pydantic import BeforeValidator, Field
 
 from jaxrlhf.config.base import (
@@ -49,18 +49,13 @@ class StageConfig(Section):
         None, description="the run directory; null = runs/<stage>-<time>"
     )
 
-    @pydantic.model_validator(mode="after")
-    def _complete(self) -> StageConfig:
-        missing = []
+    def contradictions(self) -> Iterator[str]:
         for path, how in self.needs.items():
             value = self
             for key in path.split("."):
                 value = getattr(value, key)
             if value is None or value == []:
-                missing.append(f"{path}: is needed; {how}")
-        if missing:
-            raise ValueError("\n".join(missing))
-        return self
+                yield f"{path}: is needed; {how}"
 
 
 MODEL = "give a run directory, an HF folder or a hub name, e.g. model=PATH (or -m PATH)"
@@ -81,21 +76,20 @@ class TrainingConfig(StageConfig):
         ["tensorboard"], description="where metrics go besides metrics.jsonl: tensorboard, wandb"
     )
 
-    @pydantic.model_validator(mode="after")
-    def _held_out(self) -> TrainingConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.data.eval and self.data.eval_fraction is not None:
-            raise ValueError(
+            yield (
                 f"data.eval and data.eval_fraction = {self.data.eval_fraction} are both given: "
                 "rows are held out by one of them"
             )
         watched = self.train.eval_every is not None or self.train.keep_best is not None
         if watched and not (self.data.eval or self.data.eval_fraction is not None):
             key = "keep_best" if self.train.keep_best is not None else "eval_every"
-            raise ValueError(
+            yield (
                 f"train.{key} = {getattr(self.train, key)} has nothing to evaluate on: give "
                 "data.eval or data.eval_fraction"
             )
-        return self
 
 
 class PretrainConfig(TrainingConfig):
@@ -107,13 +101,12 @@ class PretrainConfig(TrainingConfig):
     data: TextDataSection = TextDataSection()
     loss: LMLossSection = LMLossSection()
 
-    @pydantic.model_validator(mode="after")
-    def _origin(self) -> PretrainConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.model.path is None and self.model.init is None:
-            raise ValueError("model: give model.init (a fresh model's shape) or model.path")
+            yield ("model: give model.init (a fresh model's shape) or model.path")
         if self.model.init is not None and self.model.tokenizer is None:
-            raise ValueError("model.tokenizer: is needed with model.init; give a tokenizer folder")
-        return self
+            yield ("model.tokenizer: is needed with model.init; give a tokenizer folder")
 
 
 class SFTConfig(TrainingConfig):
@@ -160,40 +153,34 @@ class PPOConfig(TrainingConfig):
     sampling: RLSamplingSection = RLSamplingSection()
     rl: RLSection = RLSection()
 
-    @pydantic.model_validator(mode="after")
-    def _episodes_divide(self) -> PPOConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         episodes, parts, group = (
             self.train.batch_size,
             self.rl.minibatches,
             self.rl.samples_per_prompt,
         )
-        wrong = []
         if self.train.epochs is not None:
-            wrong.append(f"train.epochs = {self.train.epochs}: ppo counts iterations, train.steps")
+            yield (f"train.epochs = {self.train.epochs}: ppo counts iterations, train.steps")
         if episodes is not None and episodes % parts:
-            wrong.append(
-                f"train.batch_size = {episodes} must be a multiple of rl.minibatches = {parts}"
-            )
+            yield (f"train.batch_size = {episodes} must be a multiple of rl.minibatches = {parts}")
         if episodes is not None and episodes % group:
-            wrong.append(
+            yield (
                 f"train.batch_size = {episodes} episodes must be a multiple of "
                 f"rl.samples_per_prompt = {group}"
             )
         if self.rl.critic == "reward":
             models = [term for term in self.reward if term.kind == "model"]
             if self.reward and len(models) != 1:
-                wrong.append(
+                yield (
                     "rl.critic = reward starts values from the reward model, but reward holds "
                     f"{len(models)} models; use critic: policy or shared"
                 )
         if self.sampling.max_new_tokens >= self.data.max_length:
-            wrong.append(
+            yield (
                 f"sampling.max_new_tokens = {self.sampling.max_new_tokens} leaves no room for a "
                 f"prompt in data.max_length = {self.data.max_length}"
             )
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        return self
 
 
 class GenerateConfig(StageConfig):
@@ -219,11 +206,10 @@ class GenerateConfig(StageConfig):
         None, description="the jsonl file written; null = completions.jsonl in the run directory"
     )
 
-    @pydantic.model_validator(mode="after")
-    def _has_prompts(self) -> GenerateConfig:
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if not self.prompt and not self.prompts:
-            raise ValueError("prompts: is needed; give --prompt TEXT or --prompts FILE.jsonl")
-        return self
+            yield ("prompts: is needed; give --prompt TEXT or --prompts FILE.jsonl")
 
 
 class ScoreConfig(StageConfig):
@@ -267,26 +253,22 @@ class EvalConfig(StageConfig):
     eval: EvaluationSection = EvaluationSection()
     batch_size: Positive = Field(64, description="rows at a time, over all devices")
 
-    @pydantic.model_validator(mode="after")
-    def _something_to_do(self) -> EvalConfig:
-        wrong = []
+    def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if not self.prompts and not self.data.eval:
-            wrong.append("data.eval: is needed (text or comparisons), or prompts (to be completed)")
+            yield ("data.eval: is needed (text or comparisons), or prompts (to be completed)")
         for key in ("baseline", "reference", "proxy", "gold"):
             if getattr(self, key) and not self.prompts:
-                wrong.append(f"{key} is measured on completions: prompts is needed")
+                yield (f"{key} is measured on completions: prompts is needed")
         if self.baseline and not (self.gold or self.proxy):
-            wrong.append("baseline needs a judge of the two: give gold or proxy")
+            yield ("baseline needs a judge of the two: give gold or proxy")
         n = self.eval.samples_per_prompt
         if too_many := [k for k in self.eval.best_of if k > n]:
-            wrong.append(
+            yield (
                 f"eval.best_of = {too_many} is more than eval.samples_per_prompt = {n} completions"
             )
         if self.eval.best_of and not self.proxy:
-            wrong.append("eval.best_of chooses by proxy: give proxy")
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        return self
+            yield ("eval.best_of chooses by proxy: give proxy")
 
 
 class WorldConfig(StageConfig):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -84,22 +85,17 @@ class TrainSection(Section):
             return {**data, "batch_size": None}
         return data
 
-    @pydantic.model_validator(mode="after")
-    def _consistent(self) -> TrainSection:
+    def contradictions(self) -> Iterator[str]:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(f"steps = {self.steps} and epochs = {self.epochs}: give one of them")
+            yield f"steps = {self.steps} and epochs = {self.epochs}: give one of them"
         rows, passes = self.microbatch_size, self.accumulation
         if self.batch_size is None:
             if rows is None or passes is None:
-                raise ValueError(
-                    "batch_size may be null only with microbatch_size and accumulation"
-                )
-            return self
-        if self.batch_size % ((rows or 1) * (passes or 1)):
-            parts = [f"{k} = {v}" for k, v in (("microbatch_size", rows), ("accumulation", passes))]
-            kept = " x ".join(p for p in parts if not p.endswith("None"))
-            raise ValueError(f"batch_size = {self.batch_size} must be a multiple of {kept}")
-        return self
+                yield "batch_size may be null only with microbatch_size and accumulation"
+        elif self.batch_size % ((rows or 1) * (passes or 1)):
+            parts = [("microbatch_size", rows), ("accumulation", passes)]
+            given = " x ".join(f"{key} = {n}" for key, n in parts if n is not None)
+            yield f"batch_size = {self.batch_size} must be a multiple of {given}"
 
     def batch_plan(self, shards: int) -> BatchPlan:
         """The arithmetic of a step once the mesh is known; `shards` = mesh data x fsdp."""

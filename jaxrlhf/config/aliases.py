@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""TRL's names for our keys, accepted at the top level and printed under our name."""
+
+from __future__ import annotations
+
+ADAPTERS = "adapters are not part of this version: all parameters train; leave it out"
+
+COMMON = {
+    "model_name_or_path": "model.path",
+    "torch_dtype": "model.dtype",
+    "dtype": "model.dtype",
+    "gradient_checkpointing": "model.remat",
+    "dataset_name": "data.train",
+    "max_length": "data.max_length",
+    "max_seq_length": "data.max_length",
+    "max_prompt_length": "data.max_prompt_length",
+    "completion_only_loss": "data.completion_only",
+    "assistant_only_loss": "data.completion_only",
+    "learning_rate": "optim.learning_rate",
+    "weight_decay": "optim.weight_decay",
+    "max_grad_norm": "optim.clip_norm",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup",
+    "warmup_steps": "optim.warmup",
+    "adam_beta1": "optim.b1",
+    "adam_beta2": "optim.b2",
+    "adam_epsilon": "optim.eps",
+    "num_train_epochs": "train.epochs",
+    "max_steps": "train.steps",
+    "train_batch_size": "train.batch_size",
+    "per_device_train_batch_size": "train.microbatch_size",
+    "gradient_accumulation_steps": "train.accumulation",
+    "eval_steps": "train.eval_every",
+    "save_steps": "train.save_every",
+    "logging_steps": "train.log_every",
+    "save_total_limit": "train.keep_last",
+    "metric_for_best_model": "train.keep_best",
+    "report_to": "track",
+    "temperature": "sampling.temperature",
+    "top_k": "sampling.top_k",
+    "top_p": "sampling.top_p",
+    "min_p": "sampling.min_p",
+    "max_completion_length": "sampling.max_new_tokens",
+    "max_new_tokens": "sampling.max_new_tokens",
+    "response_length": "sampling.max_new_tokens",
+}
+
+BY_STAGE = {
+    "reward": {"center_rewards_coefficient": "loss.center_coef"},
+    "dpo": {
+        "beta": "loss.beta",
+        "loss_type": "loss.name",
+        "label_smoothing": "loss.label_smoothing",
+        "ref_model": "reference",
+    },
+    "ppo": {
+        "beta": "rl.kl_coef",
+        "kl_coef": "rl.kl_coef",
+        "init_kl_coef": "rl.kl_coef",
+        "num_generations": "rl.samples_per_prompt",
+        "num_ppo_epochs": "rl.epochs",
+        "num_iterations": "rl.epochs",
+        "num_mini_batches": "rl.minibatches",
+        "cliprange": "rl.clip_eps",
+        "epsilon": "rl.clip_eps",
+        "cliprange_value": "rl.value_clip",
+        "vf_coef": "rl.value_coef",
+        "gamma": "rl.gamma",
+        "lam": "rl.gae_lambda",
+        "whiten_rewards": "rl.whiten_rewards",
+        "reward_model_path": "reward",
+        "reward_funcs": "reward",
+        "sft_model_path": "model.path",
+        "ref_model": "reference",
+    },
+    "generate": {"num_return_sequences": "n", "num_generations": "n"},
+}
+
+# Known names that mean nothing here, with what to do instead.
+REFUSED = {
+    "lora_r": ADAPTERS,
+    "lora_alpha": ADAPTERS,
+    "lora_dropout": ADAPTERS,
+    "lora_target_modules": ADAPTERS,
+    "use_peft": ADAPTERS,
+    "peft_config": ADAPTERS,
+    "load_in_4bit": "quantized bases are not part of this version; use model.dtype=bfloat16",
+    "load_in_8bit": "quantized bases are not part of this version; use model.dtype=bfloat16",
+    "bf16": "say model.dtype=bfloat16",
+    "fp16": "say model.dtype=bfloat16 (float16 is not used here)",
+    "packing": "rows are not packed in this version; leave it out",
+    "resume_from_checkpoint": "say --resume auto, never or a path",
+    "total_episodes": "say train.steps (iterations) and train.batch_size (episodes in each)",
+    "trust_remote_code": "code that comes with a model or data set is never run; leave it out",
+}
+
+# What the same name counts differently, said when it is used.
+REMARKS = {
+    ("ppo", "max_steps"): "train.steps counts iterations, each rl.epochs x rl.minibatches updates",
+}
+
+
+def aliases(command: str) -> dict[str, str]:
+    """{TRL's name: our dotted key} of one command."""
+    return {**COMMON, **BY_STAGE.get(command, {})}
