@@ -43,7 +43,7 @@ def _is_axes(x: Any) -> bool:
     return x is None or isinstance(x, PartitionSpec) or (type(x) is tuple)
 
 
-def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+def path_keys(path: tuple[Any, ...]) -> tuple[str, ...]:
     """A pytree path as plain names, whatever containers it goes through."""
     return tuple(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
 
@@ -96,14 +96,14 @@ def shardings(
         ValueError: a leaf without axis names, names that do not fit its shape, an unknown name.
     """
     named = {
-        _keys(path): axes
+        path_keys(path): axes
         for path, axes in jax.tree_util.tree_flatten_with_path(axes_tree, is_leaf=_is_axes)[0]
     }
     leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract_tree)
     out: list[NamedSharding] = []
     replicated: list[str] = []
     for path, leaf in leaves:
-        keys = _keys(path)
+        keys = path_keys(path)
         if keys not in named:
             raise ValueError(f"{'/'.join(keys)}: this parameter has no axis names")
         spec, lines = _spec("/".join(keys), named[keys], leaf.shape, mesh, rules)
@@ -120,7 +120,7 @@ def like_params(tree: Any, abstract_params: Any, param_shardings: Any, mesh: Mes
     dimension; anything else (counters, placeholders) is replicated.
     """
     specs = {
-        _keys(path): (leaf.shape, sharding.spec)
+        path_keys(path): (leaf.shape, sharding.spec)
         for (path, leaf), sharding in zip(
             jax.tree_util.tree_flatten_with_path(abstract_params)[0],
             jax.tree.leaves(param_shardings),
@@ -129,7 +129,7 @@ def like_params(tree: Any, abstract_params: Any, param_shardings: Any, mesh: Mes
     }
 
     def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = _keys(path)
+        keys = path_keys(path)
         # The longest suffix: `score/kernel` must not answer for `layers/score/kernel`.
         for start in range(len(keys)):
             if keys[start:] in specs:

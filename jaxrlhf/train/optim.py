@@ -181,9 +181,9 @@ def make_optimizer(
     def init(params: Params) -> optax.OptState:
         return chain.init(jax.tree.map(lambda p: p.astype(jnp.float32), params))
 
-    def update(grads: Any, state: optax.OptState, params: Params | None = None) -> Any:
-        grads, params = jax.tree.map(lambda x: x.astype(jnp.float32), (grads, params))
-        return chain.update(grads, state, params)
+    def update(updates: Any, state: optax.OptState, params: Params | None = None) -> Any:
+        updates, params = jax.tree.map(lambda x: x.astype(jnp.float32), (updates, params))
+        return chain.update(updates, state, params)
 
     return optax.GradientTransformation(init, update), rate
 

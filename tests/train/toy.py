@@ -49,3 +49,72 @@ def loss_fn(trainable, frozen, batch, key):
         "error": ((error * weights).sum(), weights.sum()),
         "tokens": (rows, weights.sum()),
     }
+
+
+def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep_last=2, mesh=None):
+    """A whole training run of the toy, resumed where its folder says: what a stage does."""
+    import time
+
+    from jaxrlhf.parallel.mesh import make_mesh
+    from jaxrlhf.parallel.rules import put_batch, use_mesh
+    from jaxrlhf.train.checkpoint import Checkpoints
+    from jaxrlhf.train.digest import content_digest
+    from jaxrlhf.train.loop import train
+    from jaxrlhf.train.metrics import MetricWriter
+    from jaxrlhf.train.optim import make_optimizer
+    from jaxrlhf.train.state import place_state
+    from jaxrlhf.train.step import jit_train_step, make_train_step
+
+    tx, schedule = make_optimizer(
+        "adamw", 3e-2, schedule="cosine", warmup=2, steps=steps, weight_decay=0.1
+    )
+    mesh = make_mesh(**(mesh or {}))
+    with use_mesh(mesh):
+        state, where, _ = place_state(params(), tx, mesh, AXES, ema=True)
+        checkpoints = Checkpoints(
+            folder, meta={"stage": "toy"}, keep_last=keep_last, best="error", best_mode="min"
+        )
+        start = 0
+        if (step := checkpoints.latest()) is not None:
+            abstract = jax.tree.map(
+                lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+            )
+            state, start = checkpoints.restore(abstract, step)
+        step_fn = jit_train_step(
+            make_train_step(loss_fn, tx, accum=2, ema_decay=0.9, schedule=schedule), where, mesh
+        )
+
+        def advance(state, step):
+            rows = batch(step)
+            if step in poison:
+                rows["y"][0, 0, 0] = np.nan
+            time.sleep(pause)
+            return step_fn(
+                state, {}, put_batch(rows, mesh), jax.random.fold_in(jax.random.key(3), step)
+            )
+
+        held_out = put_batch(batch(999), mesh)
+        score = jax.jit(lambda p: loss_fn(p, {}, held_out, None)[1])
+        with MetricWriter(folder, start=start) as writer:
+            outcome = train(
+                advance,
+                state,
+                start=start,
+                steps=steps,
+                writer=writer,
+                checkpoints=checkpoints,
+                evaluate=lambda state, step: score(state.params),
+                eval_every=eval_every,
+                save_every=save_every,
+                sample=lambda state, step: [{"prompt": "p", "completion": f"c{step}"}],
+            )
+    return {
+        "exit_code": outcome.exit_code,
+        "reason": outcome.reason,
+        "step": outcome.step,
+        "start": start,
+        "digest": content_digest(outcome.state),
+        "steps": checkpoints.steps(),
+        "best": checkpoints.best(),
+        "message": outcome.message,
+    }
