@@ -47,7 +47,7 @@ class ModelConfig:
     gated_mlp: bool = True  # act(x gate) * (x up), or act(x up)
     position: Position = "rope"
     rope_theta: float = 10000.0
-    # () or (("rope_type", "llama3"), ("factor", 8.0), ...): pairs, so that the config can be hashed.
+    # () or (("factor", 8.0), ("rope_type", "linear"), ...): pairs, so that it can be hashed.
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     max_positions: int = 2048  # rows of a learned position table; advisory for rope
     tie_embeddings: bool = True

@@ -7,11 +7,13 @@ used without any other code knowing. Parameters stay in their own dtype and are 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import spmd as nn_spmd
 
 from jaxrlhf.models.config import ModelConfig, Runtime
 
@@ -51,6 +53,14 @@ def fuse_weights(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array] 
     return {name: jnp.concatenate([part[name] for part in parts], axis=-1) for name in first}
 
 
+def declare(module: nn.Module, name: str, init, axes: tuple, shape: tuple, dtype) -> jax.Array:
+    """A parameter of `module` with the logical names of its axes."""
+    leaf: Any = module.param(
+        name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)
+    )
+    return leaf
+
+
 class Dense(nn.Module):
     """A projection [..., in] to [..., features].
 
@@ -69,21 +79,11 @@ class Dense(nn.Module):
     def weights(self, inputs: int) -> dict[str, jax.Array]:
         """The leaves of this projection, declared on `inputs` features."""
         init = nn.initializers.normal(self.scale / np.sqrt(inputs))
-        leaves = {
-            "kernel": self.param(
-                "kernel",
-                nn.with_logical_partitioning(init, self.axes),
-                (inputs, self.features),
-                jnp.dtype(self.param_dtype),
-            )
-        }
+        shape, dtype = (inputs, self.features), self.param_dtype
+        leaves = {"kernel": declare(self, "kernel", init, self.axes, shape, dtype)}
         if self.use_bias:
-            leaves["bias"] = self.param(
-                "bias",
-                nn.with_logical_partitioning(nn.initializers.zeros, self.axes[1:]),
-                (self.features,),
-                jnp.dtype(self.param_dtype),
-            )
+            zeros = nn.initializers.zeros
+            leaves["bias"] = declare(self, "bias", zeros, self.axes[1:], shape[1:], dtype)
         return leaves
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -91,7 +91,7 @@ class Dense(nn.Module):
 
 
 def project(x: jax.Array, parts: Sequence[Dense], fuse: bool) -> list[jax.Array]:
-    """Several projections of the same x, as one matrix product where `fuse` and their leaves allow."""
+    """Several projections of the same x, as one product if `fuse` and their leaves allow."""
     if fuse and len(parts) > 1:
         leaves = fuse_weights([part.weights(x.shape[-1]) for part in parts])
         if leaves is not None:
@@ -108,17 +108,17 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        shape, dtype = (x.shape[-1],), jnp.dtype(self.param_dtype)
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("embed",))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("embed",))
-        scale = self.param("scale", ones, shape, dtype)
+        def vector(name, init):
+            shape = (x.shape[-1],)
+            return declare(self, name, init, ("embed",), shape, self.param_dtype).astype(y.dtype)
+
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         if self.config.norm == "layer":
             y -= y.mean(-1, keepdims=True)
         y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.config.norm_eps)
-        y *= scale.astype(y.dtype)
+        y *= vector("scale", nn.initializers.ones)
         if self.config.norm == "layer":
-            y += self.param("bias", zeros, shape, dtype).astype(y.dtype)
+            y += vector("bias", nn.initializers.zeros)
         return y.astype(x.dtype)
 
 
@@ -136,12 +136,8 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, index: jax.Array) -> jax.Array:
-        table = self.param(
-            "embedding",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), self.axes),
-            (self.rows, self.features),
-            jnp.dtype(self.param_dtype),
-        )
+        shape, init = (self.rows, self.features), nn.initializers.normal(0.02)
+        table = declare(self, "embedding", init, self.axes, shape, self.param_dtype)
         index = jnp.where(index < 0, self.rows, index)  # negative ones would wrap around
         return jnp.take(table, index, axis=0, mode="fill").astype(self.dtype)
 
@@ -229,7 +225,7 @@ def constrain(x: jax.Array, *last: str | None) -> jax.Array:
     if mesh.empty or not nn.get_logical_axis_rules():
         return x
     names = (*("batch", "length")[: x.ndim - len(last)], *last)
-    spec = nn.logical_to_mesh_axes(names) or ()
+    spec = nn_spmd.logical_to_mesh_axes(names) or ()
     fits = []
     for size, axes in zip(x.shape, spec, strict=True):
         axes = (axes,) if isinstance(axes, str) else axes

@@ -13,7 +13,7 @@ Nothing here calls jit: `config`, `runtime` and `cache_length` are static, whoev
 closes over them.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import flax.linen as nn
 import jax
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=cast(Any, nn.broadcast),
             length=c.num_layers,
             unroll=c.num_layers if r.unroll is True else min(r.unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -208,20 +208,34 @@ def _outer(params: Params) -> Params:
     return {key: value for key, value in params.items() if key != "layers"}
 
 
-def _run(params, config, runtime, tokens, positions, segment_ids, causal, collect):
+def _start(decoder: Decoder, outer, tokens, positions) -> tuple[Any, Any]:
+    both: Any = decoder.apply(outer, tokens, positions, method="start")
+    return both
+
+
+def _finish(decoder: Decoder, outer, x) -> jax.Array:
+    hidden: Any = decoder.apply(outer, x, method="finish")
+    return hidden
+
+
+def _run(
+    params, config, runtime, tokens, positions, segment_ids, causal, collect
+) -> tuple[Any, Any]:
     """(hidden [B,T,D], keys and values stacked [L,...] or a tuple over layers, or None)."""
     tokens, positions = _clean(tokens, positions, segment_ids)
     decoder = Decoder(config, runtime, causal, collect)
     if not isinstance(params["layers"], (tuple, list)):
-        return decoder.apply({"params": params}, tokens, positions, segment_ids)
+        both: Any = decoder.apply({"params": params}, tokens, positions, segment_ids)
+        return both
     outer = {"params": _outer(params)}
-    x, angles = decoder.apply(outer, tokens, positions, method="start")
+    x, angles = _start(decoder, outer, tokens, positions)
     block = Block(config, runtime, causal, collect)
     caches = []
     for layer in params["layers"]:
-        x, cache = block.apply({"params": layer}, x, angles, segment_ids)
+        both: Any = block.apply({"params": layer}, x, angles, segment_ids)
+        x, cache = both
         caches.append(cache)
-    return decoder.apply(outer, x, method="finish"), tuple(caches)
+    return _finish(decoder, outer, x), tuple(caches)
 
 
 def hidden_states(
@@ -253,7 +267,7 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
     if isinstance(params["layers"], (tuple, list)):
         return params
 
-    def cast(path, leaf):
+    def computed(path, leaf):
         matrix = path[-1].key in ("kernel", "embedding")
         return leaf.astype(runtime.dtype) if matrix else leaf
 
@@ -268,12 +282,14 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
     layers = []
     for index in range(config.num_layers):
         layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
-        layer = jax.tree_util.tree_map_with_path(cast, layer)
+        layer = jax.tree_util.tree_map_with_path(computed, layer)
         layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
         layer["mlp"] = fused(layer["mlp"], ("gate", "up"), "gate_up")
         layers.append(layer)
     outer = {
-        key: value if key in ("score", "value") else jax.tree_util.tree_map_with_path(cast, value)
+        key: value
+        if key in ("score", "value")
+        else jax.tree_util.tree_map_with_path(computed, value)
         for key, value in _outer(params).items()
     }
     return outer | {"layers": tuple(layers)}
@@ -339,15 +355,16 @@ def decode_step(
     mask = (cache_mask & (columns < column)) | (columns == column)
     decoder = Decoder(config, runtime)
     outer = {"params": _outer(params)}
-    x, angles = decoder.apply(outer, token, position, method="start")
+    x, angles = _start(decoder, outer, token, position)
     block = Block(config, runtime)
     caches = []
     for layer, layer_cache in zip(params["layers"], cache, strict=True):
-        x, layer_cache = block.apply(
+        both: Any = block.apply(
             {"params": layer}, x, angles, layer_cache, column, mask, method="step"
         )
+        x, layer_cache = both
         caches.append(layer_cache)
-    return decoder.apply(outer, x, method="finish"), tuple(caches)
+    return _finish(decoder, outer, x), tuple(caches)
 
 
 def count_params(params: Params) -> int:

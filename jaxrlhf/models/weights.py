@@ -1,0 +1,652 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hugging Face model folders to parameters and back, one tensor at a time.
+
+Reading: config.json and the headers of the safetensors files are compared with what the family
+declares before any weight is read; then each leaf is filled slice by slice, straight into its
+sharding, so that the host never holds more than what it must keep and one leaf. Pickles are never
+opened. Writing gives a folder that transformers loads; reading it again gives the same bits.
+"""
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxrlhf.errors import ModelError
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.families import (
+    FAMILIES,
+    HARMLESS,
+    Tensor,
+    config_from_hf,
+    config_to_hf,
+    supported,
+)
+from jaxrlhf.models.transformer import abstract_params
+
+Params = dict[str, Any]
+KINDS = ("lm", "reward")
+KIND_NAMES = {"lm": "a language model", "reward": "a reward model (sequence classification)"}
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model read from a folder.
+
+    Attributes:
+        params: nested dict of arrays (models/transformer.py says how).
+        config: its architecture.
+        kind: "lm" or "reward"; a reward model has `score` and no `lm_head`.
+        hf_config: config.json as it was, for token ids and for writing it again.
+        generation_config: generation_config.json, {} if there is none.
+    """
+
+    params: Params
+    config: ModelConfig
+    kind: str
+    hf_config: dict[str, Any]
+    generation_config: dict[str, Any]
+
+
+def _listed(problems: list[str], limit: int = 8) -> str:
+    more = f"\n  ... and {len(problems) - limit} more" if len(problems) > limit else ""
+    return "".join(f"\n  {problem}" for problem in problems[:limit]) + more
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} holds a {type(value).__name__}, not an object")
+    return value
+
+
+def read_hf_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """config.json of a model folder; ModelError says what the folder is instead."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(f"{folder}: no such folder")
+    if (folder / "config.json").is_file():
+        return _read_json(folder / "config.json")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} is a PEFT adapter, not a model: name its base model")
+    names = sorted(path.name for path in folder.iterdir())
+    inside = ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")
+    raise ModelError(
+        f"{folder} is no model folder: no config.json (it holds: {inside or 'nothing'})"
+    )
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
+    return values
+
+
+class _Files:
+    """The tensors of a folder: checked headers, then slices on demand (memory-mapped)."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.paths: dict[str, Path] = {}  # tensor -> file
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, np.dtype] = {}
+        self._open: dict[Path, Any] = {}
+        if (folder / SINGLE).is_file():
+            self._add(folder / SINGLE)
+        elif (folder / INDEX).is_file():
+            self._add_indexed(_read_json(folder / INDEX))
+        else:
+            self._refuse()
+
+    def _refuse(self):
+        pickles = sorted(
+            p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        )
+        if pickles:
+            raise ModelError(
+                f"{self.folder} has its weights in {pickles[0]}, a pickle, which can run code "
+                "and is never opened: load it with transformers where you trust it, and save it "
+                "again with save_pretrained(folder, safe_serialization=True)"
+            )
+        raise ModelError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
+
+    def _add_indexed(self, index: dict[str, Any]):
+        where = self.folder / INDEX
+        names = index.get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
+            raise ModelError(f"{where}: weight_map is missing or not an object of file names")
+        for file in sorted(set(names.values())):
+            if Path(file).name != file or not file.endswith(".safetensors"):
+                raise ModelError(f"{where}: {file!r} is not the name of a safetensors file there")
+            if not (self.folder / file).is_file():
+                raise ModelError(f"{where} names {file}, which is missing")
+            self._add(self.folder / file)
+        wrong = [
+            f"{name}: the index says {file}, it is in "
+            f"{self.paths[name].name if name in self.paths else 'none of the files'}"
+            for name, file in names.items()
+            if self.paths.get(name) != self.folder / file
+        ]
+        wrong += [
+            f"{name}: in {p.name}, not in the index"
+            for name, p in self.paths.items()
+            if name not in names
+        ]
+        if wrong:
+            raise ModelError(f"{where} does not fit its files:{_listed(wrong)}")
+
+    def _add(self, path: Path):
+        try:
+            with path.open("rb") as file:
+                size = int.from_bytes(file.read(8), "little")
+                if size > _HEADER_LIMIT:
+                    raise ValueError(f"its header claims {size} bytes")
+                header = json.loads(file.read(size), object_pairs_hook=_no_duplicates)
+            # The library checks offsets, overlaps, sizes and the end of the file.
+            opened = safe_open(str(path), framework="numpy").__enter__()
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
+            size = path.stat().st_size if path.exists() else 0
+            raise ModelError(
+                f"{path} ({size} bytes) is damaged or cut short: {error}. Fetch it again"
+            ) from error
+        self._open[path] = opened
+        for name in opened.keys():  # noqa: SIM118
+            if name in self.paths:
+                raise ModelError(f"{name} is both in {self.paths[name].name} and {path.name}")
+            stored = header[name]["dtype"]
+            if stored not in _DTYPES:
+                raise ModelError(
+                    f"{path}: {name} is stored as {stored}; readable are {', '.join(_DTYPES)} "
+                    "(quantized weights are not supported)"
+                )
+            self.paths[name] = path
+            self.shapes[name] = tuple(header[name]["shape"])
+            self.dtypes[name] = _DTYPES[stored]
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """A part of one tensor; ModelError if a number in it is not finite."""
+        try:
+            part = self._open[self.paths[name]].get_slice(name)[index]
+        except (SafetensorError, OSError, ValueError) as error:
+            raise ModelError(f"{self.paths[name]}: {name} cannot be read: {error}") from error
+        # The sum is finite unless an entry is not (or it overflows): one pass, nothing allocated.
+        if not np.isfinite(np.add.reduce(part, axis=None, dtype=np.float64)):
+            bad = int(np.size(part) - np.count_nonzero(np.isfinite(part.astype(np.float64))))
+            if bad:
+                raise ModelError(
+                    f"{self.paths[name]}: {name} holds {bad} values that are NaN or infinite"
+                )
+        return part
+
+    def close(self):
+        for opened in self._open.values():
+            opened.__exit__(None, None, None)
+
+
+def _get(tree: Mapping[str, Any], path: str) -> Any:
+    for key in path.split("/"):
+        if not isinstance(tree, Mapping) or key not in tree:
+            return None
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
+    *outer, last = path.split("/")
+    for key in outer:
+        tree = tree.setdefault(key, {})
+    tree[last] = leaf
+
+
+def _wanted(config: ModelConfig, kind: str, num_outputs: int):
+    heads = ("lm",) if kind == "lm" else ("score",)
+    return abstract_params(config, heads=heads, num_outputs=num_outputs)
+
+
+def _layout(config: ModelConfig, tree: Params) -> Iterator[tuple[Tensor, list[tuple]]]:
+    """The family's tensors that `tree` has leaves for: (tensor, [(path, leaf), ...])."""
+    for tensor in FAMILIES[config.family].tensors:
+        found = [(path, _get(tree, path)) for path in tensor.leaves]
+        found = [(path, leaf) for path, leaf in found if leaf is not None]
+        if found:
+            yield tensor, found
+
+
+def _stored(tensor: Tensor, leaves: list[tuple], config: ModelConfig) -> dict[str, tuple]:
+    """Names and shapes in the file: {name: shape}."""
+    layered = "{layer}" in tensor.hf
+    shapes = [leaf.shape[1:] if layered else leaf.shape for _, leaf in leaves]
+    shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
+    shape = shape[::-1] if tensor.transpose else shape
+    layers = range(config.num_layers) if layered else (0,)
+    return {tensor.hf.format(layer=layer): shape for layer in layers}
+
+
+def _names_in_file(files: _Files, config: ModelConfig) -> dict[str, str]:
+    """Our names of the file's tensors to the names there, which may lack the family's prefix."""
+    family = FAMILIES[config.family]
+    known = {tensor.hf.split("{layer}")[0] for tensor in family.tensors}
+    names: dict[str, str] = {}
+    for name in files.paths:
+        if name.endswith(family.buffers):
+            continue
+        full = family.prefix + name
+        bare = not any(name.startswith(start) for start in known) and any(
+            full.startswith(start) for start in known
+        )
+        names[full if bare else name] = name
+    return names
+
+
+def _kind_of(hf: Mapping[str, Any], files: _Files, where: Path) -> str:
+    given = hf.get("architectures") or []
+    family = FAMILIES[hf["model_type"]]
+    for kind, name in family.architectures.items():
+        if name in given:
+            return kind
+    if given and not any(name.endswith(("Model", "ForCausalLM")) for name in given):
+        choices = ", ".join(name for f in FAMILIES.values() for name in f.architectures.values())
+        raise ModelError(f"{where}: architectures = {given} is not supported; supported: {choices}")
+    return "reward" if "score.weight" in files.paths else "lm"
+
+
+def _check(files: _Files, names: dict[str, str], expected: dict[str, tuple], where: Path):
+    problems = [
+        f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in names
+    ]
+    problems += [
+        f"wrong shape: {names[name]} is {list(files.shapes[names[name]])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in names and files.shapes[names[name]] != tuple(shape)
+    ]
+    problems += [
+        f"not part of this model: {there} {list(files.shapes[there])}"
+        for name, there in names.items()
+        if name not in expected
+    ]
+    if problems:
+        raise ModelError(f"the weights of {where} do not fit its config.json:{_listed(problems)}")
+
+
+def _leaf_reader(
+    files: _Files, name: Callable[[int], str], layered: bool, transpose: bool, offset: int, shape
+) -> Callable[[tuple[slice, ...]], np.ndarray]:
+    """A function from an index of our leaf to its values, reading only those."""
+
+    def read(index: tuple[slice, ...]) -> np.ndarray:
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+        inner = [slice(start, stop) for start, stop in (bounds[1:] if layered else bounds)]
+        last = inner[-1]
+        inner[-1] = slice(last.start + offset, last.stop + offset)
+        there = tuple(inner[::-1] if transpose else inner)
+
+        def one(layer: int) -> np.ndarray:
+            part = files.read(name(layer), there)
+            return part.T if transpose else part
+
+        if not layered:
+            return np.ascontiguousarray(one(0))
+        start, stop = bounds[0]
+        first = one(start)
+        out = np.empty((stop - start, *first.shape), first.dtype)
+        out[0] = first
+        for layer in range(start + 1, stop):
+            out[layer - start] = one(layer)
+        return out
+
+    return read
+
+
+def _place(read, shape, dtype, sharding) -> jax.Array:
+    if sharding is None:
+        return jnp.asarray(read(tuple(slice(0, size) for size in shape)).astype(dtype, copy=False))
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index):
+        key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
+        if key not in parts:
+            parts[key] = read(index).astype(dtype, copy=False)
+        return parts[key]
+
+    return jax.make_array_from_callback(tuple(shape), sharding, part)
+
+
+def load_hf(
+    folder: str | os.PathLike,
+    *,
+    kind: str | None = None,
+    dtype: str | None = None,
+    shardings: Params | None = None,
+) -> LoadedModel:
+    """Reads a Hugging Face model folder (config.json + safetensors, one file or indexed shards).
+
+    Args:
+        kind: "lm" or "reward" if only that will do; None takes what the folder is.
+        dtype: of the parameters; None keeps what is stored.
+        shardings: tree of the parameters' shardings (parallel.rules), or one sharding for all;
+            each process then reads only the byte ranges of its own shards.
+
+    Raises:
+        ModelError: the folder is missing, damaged, of another kind, of an unsupported family, or
+            its tensors are not exactly those its config.json implies, by name.
+    """
+    folder = Path(folder)
+    hf = read_hf_config(folder)
+    where = folder / "config.json"
+    config = config_from_hf(hf, str(where))
+    files = _Files(folder)
+    try:
+        found = _kind_of(hf, files, where)
+        if kind not in (None, *KINDS):
+            raise ModelError(f"kind = {kind!r}: one of {', '.join(KINDS)}")
+        if kind is not None and kind != found:
+            raise ModelError(f"{folder} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
+        names = _names_in_file(files, config)
+        outputs = 1
+        if found == "reward" and "score.weight" in names:
+            outputs = files.shapes["score.weight"][0] if files.shapes["score.weight"] else 1
+            labels = hf.get("num_labels") or len(hf.get("id2label") or {}) or outputs
+            if labels != outputs:
+                raise ModelError(f"{where} names {labels} labels, score.weight has {outputs} rows")
+        wanted = _wanted(config, found, max(outputs, 1))
+        _drop_tied_copy(files, names, config, found, folder)
+        layout = list(_layout(config, wanted))
+        expected: dict[str, tuple] = {}
+        for tensor, leaves in layout:
+            expected |= _stored(tensor, leaves, config)
+        _check(files, names, expected, folder)
+
+        params: Params = {}
+        for tensor, leaves in layout:
+            offset = 0
+            for path, leaf in leaves:
+
+                def name(layer: int, tensor=tensor) -> str:
+                    return names[tensor.hf.format(layer=layer)]
+
+                layered = "{layer}" in tensor.hf
+                read = _leaf_reader(files, name, layered, tensor.transpose, offset, leaf.shape)
+                sharding = _get(shardings, path) if isinstance(shardings, dict) else shardings
+                as_dtype = jnp.dtype(dtype) if dtype else files.dtypes[name(0)]
+                _put(params, path, _place(read, leaf.shape, as_dtype, sharding))
+                offset += leaf.shape[-1]
+    finally:
+        files.close()
+    generation = folder / "generation_config.json"
+    more = _read_json(generation) if generation.is_file() else {}
+    return LoadedModel(params, config, found, hf, more)
+
+
+def _drop_tied_copy(files: _Files, names: dict[str, str], config: ModelConfig, kind: str, folder):
+    """A tied model may carry its head twice; the copy must be one."""
+    if kind != "lm" or not config.tie_embeddings or "lm_head.weight" not in names:
+        return
+    embedding = next(
+        names[t.hf]
+        for t in FAMILIES[config.family].tensors
+        if t.leaves == ("embed/embedding",) and t.hf in names
+    )
+    shape = files.shapes[embedding]
+    same = shape == files.shapes["lm_head.weight"] and all(
+        np.array_equal(
+            files.read(embedding, (slice(row, row + 4096),)),
+            files.read("lm_head.weight", (slice(row, row + 4096),)),
+        )
+        for row in range(0, shape[0], 4096)
+    )
+    if not same:
+        raise ModelError(
+            f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs "
+            f"from {embedding}: set tie_word_embeddings to false, or remove lm_head.weight"
+        )
+    del names["lm_head.weight"]
+
+
+def _fetch(leaf) -> np.ndarray:
+    """An array on the host; every process must call this for arrays spread over processes."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    return np.asarray(leaf)
+
+
+@dataclass(frozen=True)
+class _Out:
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    values: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterator[_Out]:
+    for tensor, leaves in _layout(config, params):
+        as_dtype = np.dtype(jnp.dtype(dtype)) if dtype else np.dtype(leaves[0][1].dtype)
+        layered = "{layer}" in tensor.hf
+        for layer, (name, shape) in enumerate(_stored(tensor, leaves, config).items()):
+
+            def values(layer=layer, leaves=leaves, tensor=tensor, layered=layered, dt=as_dtype):
+                parts = [_fetch(leaf[layer] if layered else leaf) for _, leaf in leaves]
+                whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+                whole = whole.T if tensor.transpose else whole
+                return np.ascontiguousarray(whole.astype(dt, copy=False))
+
+            yield _Out(name, shape, as_dtype, values)
+
+
+def _write_safetensors(path: Path, tensors: list[_Out], writer: bool) -> None:
+    """One file, tensor after tensor: the host holds one at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for out in tensors:
+        header[out.name] = {
+            "dtype": _DTYPE_NAMES[out.dtype],
+            "shape": list(out.shape),
+            "data_offsets": [start, start + out.size],
+        }
+        start += out.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if not writer:  # takes part in gathering what is spread over processes
+        for out in tensors:
+            out.values()
+        return
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for out in tensors:
+                values = out.values()
+                if not np.isfinite(values.astype(np.float32, copy=False)).all():
+                    raise ModelError(f"{out.name} holds values that are NaN or infinite: not saved")
+                file.write(values.view(np.uint8).reshape(-1).data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    _write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _pad_of_reward(pad: int | None, config: ModelConfig, hf: Mapping[str, Any]) -> int:
+    pad = hf.get("pad_token_id") if pad is None else pad
+    eos = hf.get("eos_token_id")
+    ends = eos if isinstance(eos, list) else [eos]
+    why = (
+        "transformers reads the score at the last token that is not pad_token_id, so it must be an "
+        "id that never occurs as a real token"
+    )
+    if pad is None:
+        raise ModelError(f"a reward model needs a pad_token_id: {why}")
+    if pad in ends:
+        raise ModelError(f"pad_token_id = {pad} is the end-of-text token: {why}")
+    if not 0 <= pad < config.vocab_size:
+        raise ModelError(
+            f"pad_token_id = {pad} is outside the vocabulary of {config.vocab_size}: {why}"
+        )
+    return pad
+
+
+def save_hf(
+    folder: str | os.PathLike,
+    params: Params,
+    config: ModelConfig,
+    *,
+    kind: str = "lm",
+    pad_token_id: int | None = None,
+    hf_config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    model_card: str | None = None,
+) -> None:
+    """Writes config.json, safetensors (with an index beyond one shard), generation_config.json.
+
+    Leaves of other heads (`value`, or `score` of a language model) are not written. The config is
+    written last: a folder without it is an unfinished export. Over several processes, all call
+    this and the first writes.
+
+    Args:
+        kind: "lm", or "reward" for a sequence-classification folder.
+        pad_token_id: for reward models an id that never occurs as a real token; transformers takes
+            the score at the last other one. Default: that of `hf_config`.
+        hf_config: the config.json the model came with; its token ids and names are carried over.
+        generation_config: written as it is; by default made of the token ids.
+        dtype: what to store; None keeps each parameter's own, which makes reading it lossless.
+        model_card: text of README.md, if given.
+
+    Raises:
+        ModelError: the tree lacks or has leaves that the config does not, a value is not finite,
+            no usable pad_token_id, or the disk refuses.
+    """
+    folder = Path(folder)
+    if kind not in KINDS:
+        raise ModelError(f"kind = {kind!r}: one of {', '.join(KINDS)}")
+    if config.family not in FAMILIES:
+        raise ModelError(f"family = {config.family!r} is not supported; supported: {supported()}")
+    carried = {
+        key: value
+        for key, value in (hf_config or {}).items()
+        if key in HARMLESS | FAMILIES[config.family].harmless
+        and key not in ("architectures", "id2label", "label2id", "num_labels", "torch_dtype")
+    }
+    written = carried | config_to_hf(config, kind)
+    pad = written.get("pad_token_id") if pad_token_id is None else pad_token_id
+    outputs = 1
+    if kind == "reward":
+        pad = _pad_of_reward(pad_token_id, config, written)
+        if _get(params, "score/kernel") is None:
+            raise ModelError("these parameters have no score head: not a reward model")
+        outputs = params["score"]["kernel"].shape[-1]
+        written["id2label"] = {str(i): f"LABEL_{i}" for i in range(outputs)}
+        written["label2id"] = {f"LABEL_{i}": i for i in range(outputs)}
+    written["pad_token_id"] = pad
+
+    wanted = _wanted(config, kind, outputs)
+    kept = {key: value for key, value in params.items() if key in wanted}
+    _same_tree(kept, params, wanted)
+    tensors = list(_outgoing(kept, config, dtype))
+    stored = next(name for name, dt in _NAMES.items() if dt == tensors[0].dtype)
+    written |= {"dtype": stored, "torch_dtype": stored}
+    writer = jax.process_index() == 0
+    try:
+        _write_all(folder, tensors, max_shard_bytes, writer)
+        if writer:
+            ids = {
+                key: written[key]
+                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
+                if written.get(key) is not None
+            }
+            if kind == "lm":
+                generation = {"_from_model_config": True, **ids}
+                if generation_config is not None:
+                    generation = dict(generation_config)
+                _write_json(folder / "generation_config.json", generation)
+            if model_card is not None:
+                _write_text(folder / "README.md", model_card)
+            _write_json(folder / "config.json", written)
+    except OSError as error:
+        raise ModelError(f"{folder} cannot be written: {error}") from error
+
+
+_NAMES = {str(dtype): dtype for dtype in _DTYPES.values()}
+
+
+def _same_tree(kept: Params, params: Params, wanted: Params) -> None:
+    def shapes(tree):
+        leaves = jax.tree_util.tree_leaves_with_path(tree)
+        return {jax.tree_util.keystr(p, simple=True, separator="/"): x.shape for p, x in leaves}
+
+    have, want = shapes(kept), shapes(wanted)
+    others = set(params) - set(wanted) - {"lm_head", "score", "value"}
+    problems = [
+        f"missing: {path} {list(shape)}" for path, shape in want.items() if path not in have
+    ]
+    problems += [f"not part of this model: {path}" for path in (*(set(have) - set(want)), *others)]
+    problems += [
+        f"wrong shape: {path} is {list(have[path])}, expected {list(want[path])}"
+        for path in want
+        if path in have and have[path] != want[path]
+    ]
+    if problems:
+        raise ModelError(f"the parameters do not fit the config:{_listed(problems)}")
+
+
+def _write_all(folder: Path, tensors: list[_Out], limit: int, writer: bool) -> None:
+    groups: list[list[_Out]] = [[]]
+    for out in tensors:
+        if groups[-1] and sum(o.size for o in groups[-1]) + out.size > limit:
+            groups.append([])
+        groups[-1].append(out)
+    count = len(groups)
+    names = [SINGLE] if count == 1 else []
+    names += [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count) if count > 1]
+    if writer:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in (*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"):
+            stale.unlink(missing_ok=True)
+    for name, group in zip(names, groups, strict=True):
+        _write_safetensors(folder / name, group, writer)
+    if writer and count > 1:
+        weight_map = {
+            out.name: name for name, group in zip(names, groups, strict=True) for out in group
+        }
+        total = {"total_size": sum(out.size for out in tensors)}
+        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
