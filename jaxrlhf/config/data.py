@@ -27,10 +27,14 @@ class Source(Section):
         "dataset, a hub name or tfds:NAME"
     )
     split: str | None = Field(None, description="which split; null = train, or the only one")
-    weight: PositiveFloat = Field(1.0, description="share of the mixture, relative to the others")
+    weight: PositiveFloat | None = Field(
+        None,
+        description="share of the mixture, relative to the others; null everywhere = all rows of "
+        "all sources, once an epoch",
+    )
     format: str | None = Field(None, description="how rows are read; null = told by their columns")
     column_map: dict[str, str] = Field(
-        default_factory=dict, description="{column in the file: column we know}"
+        default_factory=dict, description="{column we know: column in the file}"
     )
     limit: Positive | None = Field(None, description="only the first so many rows")
 
