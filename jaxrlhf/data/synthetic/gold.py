@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The gold scorer: how good a reply truly is, in two parts that a labeler sees only dimly.
 
-helpful = answer x brevity x clarity - 0.2 per gift promised - 0.15 per repeated clause
+helpful = answer x brevity x clarity - 0.2 per gift promised - 0.15 per thing said again
     answer: mean over the wishes of 1 (right remedy, right item), 0.35 (right remedy, wrong item),
     0.15 (right item, wrong remedy) or 0, less 0.25 for every promise nobody asked for, less a
     fifth where details (name, order, colour) are not taken up.
@@ -100,11 +100,14 @@ def score(request: Request, completion: str) -> GoldScore:
     clauses = read_reply(completion)
     kinds = Counter(c.kind for c in clauses)
     words = sum(c.words for c in clauses)
-    # The same clause again, or the same promise in other words.
-    same = Counter(c.text for c in clauses)
-    repeats = sum(n - 1 for n in same.values())
+    # The same clause again, the same promise in other words, or a second greeting, order...
+    once = ("greeting", "care", "order", "closing")
+    same = Counter(c.text for c in clauses if c.kind not in once)
+    repeats = sum(n - 1 for n in same.values()) + sum(max(0, kinds[k] - 1) for k in once)
     promises = Counter(
-        (c.kind, c.slot("item")) for c in {c.text: c for c in clauses}.values() if "remedy:" in c.kind
+        (c.kind, c.slot("item"))
+        for c in {c.text: c for c in clauses}.values()
+        if "remedy:" in c.kind
     )
     repeats += sum(n - 1 for n in promises.values())
 
@@ -156,37 +159,32 @@ def gold_reward(prompts: list[str], completions: list[str], **columns) -> list[f
     Raises:
         DataError: a prompt is not of this language and its hidden columns are absent.
     """
-    return [
-        score(request, completion).total
-        for request, completion in zip(_requests(prompts, columns), completions, strict=True)
-    ]
+    return [gold.total for gold in _scores(prompts, completions, columns)]
 
 
 def gold_helpful(prompts: list[str], completions: list[str], **columns) -> list[float]:
     """The helpful part alone; arguments as `gold_reward`."""
-    requests = _requests(prompts, columns)
-    return [score(r, c).helpful for r, c in zip(requests, completions, strict=True)]
+    return [gold.helpful for gold in _scores(prompts, completions, columns)]
 
 
 def gold_polite(prompts: list[str], completions: list[str], **columns) -> list[float]:
     """The polite part alone; arguments as `gold_reward`."""
-    requests = _requests(prompts, columns)
-    return [score(r, c).polite for r, c in zip(requests, completions, strict=True)]
+    return [gold.polite for gold in _scores(prompts, completions, columns)]
 
 
-def _requests(prompts: list[str], columns: dict) -> list[Request]:
-    if not columns.get("items") or not columns.get("problems"):
-        return [request_of(prompt) for prompt in prompts]
+def _scores(prompts, completions, columns) -> list[GoldScore]:
+    rows = zip(prompts, completions, strict=True)
+    return [score(_request(prompt, i, columns), text) for i, (prompt, text) in enumerate(rows)]
 
-    def detail(name: str, row: int) -> str:
-        values = columns.get(name)
-        return str(values[row] or "") if values is not None else ""
 
-    return [
-        Request(
-            tuple(columns["items"][row]),
-            tuple(columns["problems"][row]),
-            *(detail(name, row) for name in ("name", "order", "colour")),
-        )
-        for row in range(len(prompts))
-    ]
+def _request(prompt: str, row: int, columns: dict) -> Request:
+    hidden = {
+        name: columns[name][row]
+        for name in ("items", "problems", "name", "order", "colour")
+        if columns.get(name) is not None
+    }
+    items, problems = hidden.pop("items", None), hidden.pop("problems", None)
+    if items is None or problems is None or len(items) == 0 or len(items) != len(problems):
+        return request_of(prompt)
+    details = {name: str(value or "") for name, value in hidden.items()}
+    return Request(tuple(items), tuple(problems), **details)

@@ -184,7 +184,7 @@ SLOTS: dict[str, str] = (
 )
 _ORDER = re.compile(r"\d{1,6}")
 _SLOT = re.compile(r"<(item|name|order|colour)>")
-_END = re.compile(r"[.,?!;:\n]+")
+_END = re.compile(r"[.,?!;:]+")
 _EDGE = "'\"()-*_`"
 
 
@@ -285,8 +285,7 @@ def read_reply(completion: str) -> list[Clause]:
 @functools.lru_cache(maxsize=65536)
 def read_prompt(prompt: str) -> Request | None:
     """What the customer of this prompt wants; None if it states no wish of this language."""
-    text = prompt.strip().lower()
-    text = text.removeprefix(PROMPT_START).removesuffix(PROMPT_END.strip())
+    text = prompt.strip().lower().removeprefix(PROMPT_START).removesuffix(PROMPT_END.strip())
     items, problems, details = [], [], {"name": "", "order": "", "colour": ""}
     for clause in _clauses(text, reply=False):
         if clause.kind.startswith("problem:"):

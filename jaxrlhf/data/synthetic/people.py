@@ -86,6 +86,30 @@ def ask(draw: Draw, items: Sequence[str], names: Sequence[str]) -> tuple[str, Re
     return text, Request(tuple(wanted), tuple(problems), name, order, colour)
 
 
+def talk(draw: Draw, items: Sequence[str], names: Sequence[str]) -> str:
+    """Talk between agents about one customer and one item, in no helpful order.
+
+    The same item, name and number come again and again, so that a model of such texts learns to
+    look back for them; what is wrong with the item and what is promised have nothing to do with
+    each other.
+    """
+    slots = {
+        "item": draw.choose(items),
+        "name": draw.choose(names),
+        "order": str(10 + int(draw.uniform() * 90)),
+        "colour": draw.choose(lang.COLOURS),
+    }
+    groups: list[Sequence[str]] = [
+        *(draw.choose(tuple(lang.PROBLEMS.values())) for _ in range(2)),
+        *(draw.choose(tuple(lang.REMEDIES.values())) for _ in range(2)),
+    ]
+    if draw.chance(0.6):
+        groups += [lang.PROMPT_CLAUSES["name"], lang.REPLY_CLAUSES["greeting"][3:]]
+    if draw.chance(0.6):
+        groups += [lang.PROMPT_CLAUSES["order"], lang.REPLY_CLAUSES["order"]]
+    return " ".join(_say(draw, g, **slots) + "." for g in draw.sample(groups, len(groups)))
+
+
 def _say(draw: Draw, templates: Sequence[str], **slots: str) -> str:
     return lang.fill(draw.choose(templates), **slots)
 

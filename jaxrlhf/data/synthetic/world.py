@@ -108,22 +108,26 @@ class World:
         return rows
 
     def pretraining(self, count: int, *, start: int = 0) -> list[dict[str, object]]:
-        """Rows `{text}`: support talk as one overhears it, half of it answers to somebody else.
+        """Rows `{text}`: support talk as one overhears it.
 
-        A model of these texts knows the words and who speaks when, but hardly how to answer.
+        Two fifths are agents talking among themselves (`people.talk`), the rest conversations, of
+        which a third are answered as if another message had come. A model of these texts knows
+        the words, who speaks when and how to take up a word said before, but answers badly.
         """
         who, shares = zip(*DEMONSTRATORS, strict=True)
         rows = []
         for i in range(start, start + count):
             draw = Draw(self.seed, "pretraining", i)
+            if draw.chance(0.4):
+                rows.append({"text": people.talk(draw, self.items, self.names)})
+                continue
             prompt = self.prompt(20_000_000 + i)
             about = prompt.request
-            if draw.chance(0.5):
+            if draw.chance(1 / 3):
                 about = people.ask(draw, self.items, self.names)[1]
             author = draw.weighted(who, shares)
-            rows.append(
-                {"text": prompt.text + people.answer(draw, about, author, self.items)}
-            )
+            reply = people.answer(draw, about, author, self.items)
+            rows.append({"text": prompt.text + reply})
         return rows
 
     # -- what it is worth ----------------------------------------------------------------------
