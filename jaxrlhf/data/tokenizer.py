@@ -32,6 +32,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerBase
 
+# Turn markers that some tokenizers do not declare as special; text must not reach them either.
+TURN_MARKERS = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|end|>",
+)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
@@ -219,14 +233,14 @@ def _make_codec(tokenizer: "PreTrainedTokenizerBase") -> Codec:
     special = set(tokenizer.all_special_tokens)
     control, soft = {}, {}
     for token_id, token in sorted(tokenizer.added_tokens_decoder.items()):
-        if token.special or token.content in special:
+        if token.special or token.content in special or token.content in TURN_MARKERS:
             control[token.content] = token_id
         elif token.content.strip():
             soft[token.content] = token_id
-    for spelling in sorted(special):  # in the model's vocabulary, never declared as added
-        token_id = tokenizer.convert_tokens_to_ids(spelling)
-        if isinstance(token_id, int):
-            control.setdefault(spelling, token_id)
+    vocabulary = tokenizer.get_vocab()
+    for spelling in sorted(special.union(TURN_MARKERS)):  # in the vocabulary, not declared as added
+        if spelling in vocabulary:
+            control.setdefault(spelling, vocabulary[spelling])
     # Lower-case letters and digits survive every normalizer; nobody can write what is drawn here.
     nonce = secrets.token_hex(8)
     aliases = {spelling: f"zx{nonce}x{i}xz" for i, spelling in enumerate(control)}
