@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plots over training and over distance: learning curves, and reward against KL."""
+
+import math
+import re
+
+from jaxrlhf.evaluation.results import CurvePoint
+from jaxrlhf.report.chart import Line, Point, chart, number, swatch, thin_out
+from jaxrlhf.report.html import Element, h
+from jaxrlhf.report.models import Model, metric_info, own_point, run_colours
+from jaxrlhf.report.read import Run
+
+SERIES = {
+    "best_of_n": ("best of n from the base", "quiet", "dashed", "dot"),
+    "optimum": ("the best any policy can do", "front", "", ""),
+}
+PLANES = ("gold", "proxy", "objective")
+
+
+def reward_against_kl(runs: list[Run], models: list[Model]) -> list[Element]:
+    """Gold and proxy against KL for every model, with best-of-n and the frontier beside them."""
+    points = [(m, p) for m in models if (p := own_point(m)) is not None]
+    others: dict[str, list[CurvePoint]] = {}
+    for m in models:
+        for p in m.result.curve:
+            if math.isfinite(p.kl) and p not in others.setdefault(p.series, []):
+                others[p.series].append(p)
+    if sum(p.series == "run" for _, p in points) + len(others) == 0:
+        return []
+    panels, drawn = [], set()
+    for plane in PLANES:
+        lines = []
+        for series, curve in others.items():
+            line = _curve(series, curve, plane)
+            if line.points:
+                lines.append(line)
+                drawn.add(series)
+        for m, p in points:
+            if (y := getattr(p, plane)) is not None:
+                low, high = p.intervals.get(plane, (None, None))
+                title = f"{p.label}: {number(y)} at {number(p.kl)} nats"
+                place = Point(p.kl, y, low, high, title)
+                lines.append(Line([place], m.colour, joined=False, marker=m.marker))
+        own = [line for line in lines if not line.joined]
+        if len(own) < 2 and not (own and others):
+            continue
+        info = metric_info(plane, models)
+        # A frontier that leaves the picture must not squash the models: the axes fit the models
+        # and best-of-n.
+        panels.append(
+            h(
+                "div",
+                chart(
+                    lines, x_label="KL to the reference, nats per completion (square-root scale)",
+                    y_label=info.title, width=460, height=330, root_x=True,
+                    description=f"{info.title} against KL",
+                ),
+                cls="card",
+            )
+        )  # fmt: skip
+    if not panels:
+        return []
+    marks = [
+        h("span", swatch(m.colour, m.marker, joined=False), m.label)
+        for m, p in points
+        if any(getattr(p, plane) is not None for plane in PLANES)
+    ]
+    for series in others:
+        if series in drawn:
+            name, colour, style, marker = SERIES.get(series, (series, "quiet", "", "dot"))
+            marks.append(h("span", swatch(colour, marker, style), name))
+    note = (
+        "Each mark is one model, with the confidence interval of its score; further right is "
+        "further from the reference. A proxy that keeps rising where gold falls is a reward model "
+        "being exploited."
+    )
+    return [
+        h("p", note, cls="note"),
+        h("div", marks, cls="legend"),
+        h("div", panels, cls="grid2"),
+    ]
+
+
+def _curve(series: str, curve: list[CurvePoint], plane: str) -> Line:
+    _, colour, style, marker = SERIES.get(series, (series, "quiet", "", "dot"))
+    points = []
+    for p in sorted(curve, key=lambda p: p.kl):
+        if (y := getattr(p, plane)) is not None:
+            low, high = p.intervals.get(plane, (None, None))
+            title = f"{p.label}: {number(y)} at {number(p.kl)} nats"
+            points.append(Point(p.kl, y, low, high, title))
+    return Line(points, colour, marker=marker, style=style)
+
+
+# Which curves are shown first; the others are folded away.
+ORDER = (
+    r"loss$", r"nats_per_token", r"perplexity", r"accurac", r"gold", r"valence", r"proxy",
+    r"^reward", r"scores?/", r"objective", r"margins?", r"^kl|/kl", r"entropy", r"mean_length",
+    r"eos_rate", r"distinct", r"clip_ratio", r"value", r"",
+)  # fmt: skip
+LAST = re.compile(r"learning_rate|^lr|grad_norm|tokens|epoch|memory|throughput")
+SHOWN = 6
+STEPS = {"ppo": "iteration"}
+
+
+def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
+    """Small multiples for each stage, one panel a metric, all runs of that stage in one panel."""
+    colours = run_colours(runs, models)
+    stages: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.curves:
+            stages.setdefault(run.stage or "run", []).append(run)
+    elements: list[Element] = []
+    for stage, group in stages.items():
+        names = list(dict.fromkeys(name for run in group for name in run.curves))
+        names.sort(key=_rank)
+        panels = [p for name in names if (p := _panel(name, stage, group, colours)) is not None]
+        legend = [h("span", swatch(colours[r.name]), r.name) for r in group if len(group) > 1]
+        splits = {s for run in group for line in run.curves.values() for s in line}
+        if {"train", "eval"} <= splits:
+            both = colours[group[0].name] if len(group) == 1 else "quiet"
+            legend.append(h("span", swatch(both, "", "fine"), "train"))
+            legend.append(h("span", swatch(both, "dot"), "held out"))
+        block = [h("h3", stage), h("div", legend, cls="legend") if legend else None]
+        block.append(h("div", panels[:SHOWN], cls="grid3"))
+        if rest := panels[SHOWN:]:
+            word = f"{len(rest)} more curve{'s' * (len(rest) > 1)}"
+            block.append(h("details", h("summary", word), h("div", rest, cls="grid3")))
+        if panels:
+            elements.append(h("div", block, cls="stage"))
+    return elements
+
+
+def _rank(name: str) -> tuple[bool, int, str]:
+    place = next(i for i, pattern in enumerate(ORDER) if re.search(pattern, name))
+    return bool(LAST.search(name)), place, name
+
+
+def _panel(name: str, stage: str, group: list[Run], colours: dict[str, str]) -> Element | None:
+    lines = []
+    for run in group:
+        splits = run.curves.get(name, {})
+        held_out = bool(splits.get("eval"))
+        for split in sorted(splits, reverse=True):  # train below eval
+            points = [Point(x, y) for x, y in splits[split]]
+            fine = "fine" if held_out and split != "eval" else ""
+            dots = split == "eval" and len(points) <= 30
+            few = len([p for p in points if math.isfinite(p.y)]) < 3
+            lines.append(
+                Line(
+                    thin_out(points),
+                    colours[run.name],
+                    marker="dot" if dots or few else "",
+                    style=fine,
+                )
+            )
+    if not any(line.points for line in lines):
+        return None
+    finite = [p.y for line in lines for p in line.points if math.isfinite(p.y)]
+    if finite and max(finite) == min(finite) and len(finite) > 2:
+        # A constant needs no picture.
+        return h(
+            "div", h("h3", name), h("p", f"{number(finite[0])} throughout", cls="small"), cls="card"
+        )
+    info = metric_info(name, [])
+    unit = f" [{info.unit}]" if info.unit else ""
+    title = (info.title if name == info.title or "/" not in name else name) + unit
+    picture = chart(lines, x_label=STEPS.get(stage, "step"), y_label=title, height=220)
+    return h("div", picture, cls="card")
