@@ -17,15 +17,18 @@ import re
 PROMPT_START = "customer:"
 PROMPT_END = "\nagent:"
 
-ITEMS = tuple(
-    "lamp kettle chair jacket phone camera wallet tent bike rug clock sofa desk mixer radio heater "
-    "printer guitar mirror basket vase drill fridge helmet".split()
+# fmt: off
+ITEMS = (
+    "lamp", "kettle", "chair", "jacket", "phone", "camera", "wallet", "tent", "bike", "rug",
+    "clock", "sofa", "desk", "mixer", "radio", "heater", "printer", "guitar", "mirror", "basket",
+    "vase", "drill", "fridge", "helmet",
 )
-NAMES = tuple(
-    "anna ben carla david emma felix grace hugo ines jonas karin leo maria nils olga paul rosa "
-    "tom".split()
+NAMES = (
+    "anna", "ben", "carla", "david", "emma", "felix", "grace", "hugo", "ines", "jonas", "karin",
+    "leo", "maria", "nils", "olga", "paul", "rosa", "tom",
 )
-COLOURS = tuple("red blue green black white yellow".split())
+# fmt: on
+COLOURS = ("red", "blue", "green", "black", "white", "yellow")
 
 # What a customer says, by problem. Each problem has exactly one remedy.
 PROBLEMS: dict[str, tuple[str, ...]] = {
@@ -177,11 +180,11 @@ REPLY_CLAUSES: dict[str, tuple[str, ...]] = {
     ),
 }
 
-SLOTS: dict[str, str] = (
-    dict.fromkeys(ITEMS, "<item>")
-    | dict.fromkeys(NAMES, "<name>")
-    | dict.fromkeys(COLOURS, "<colour>")
-)
+SLOTS: dict[str, str] = {
+    word: slot
+    for slot, group in (("<item>", ITEMS), ("<name>", NAMES), ("<colour>", COLOURS))
+    for word in group
+}
 _ORDER = re.compile(r"\d{1,6}")
 _SLOT = re.compile(r"<(item|name|order|colour)>")
 _END = re.compile(r"[.,?!;:]+")
