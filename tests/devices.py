@@ -4,8 +4,8 @@
     from devices import run_on_devices
     result = run_on_devices(8, my_function, accum=4)
 
-The function lives at the top level of a test file, takes and returns JSON, and is imported afresh in
-the child, so the file must not depend on fixtures at import.
+The function lives at the top level of a test file, takes and returns JSON, and is imported afresh
+in the child.
 """
 
 import inspect

@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small two-layer regression with masks, float64-checkable, that all training tests share."""
 
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,10 +57,20 @@ def loss_fn(trainable, frozen, batch, key):
     }
 
 
-def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep_last=2, mesh=None):
+def run(
+    folder,
+    steps=12,
+    save_every=3,
+    eval_every=4,
+    poison=(),
+    pause=0.0,
+    keep_last=2,
+    mesh=None,
+    signal_at=(),
+    stop_after_nonfinite=5,
+):
     """A whole training run of the toy, resumed where its folder says: what a stage does."""
-    import time
-
+    from jaxrlhf.parallel import distributed
     from jaxrlhf.parallel.mesh import make_mesh
     from jaxrlhf.parallel.rules import put_batch, use_mesh
     from jaxrlhf.train.checkpoint import Checkpoints
@@ -65,6 +81,7 @@ def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep
     from jaxrlhf.train.state import place_state
     from jaxrlhf.train.step import jit_train_step, make_train_step
 
+    distributed.initialize()
     tx, schedule = make_optimizer(
         "adamw", 3e-2, schedule="cosine", warmup=2, steps=steps, weight_decay=0.1
     )
@@ -88,6 +105,8 @@ def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep
             rows = batch(step)
             if step in poison:
                 rows["y"][0, 0, 0] = np.nan
+            for _ in range(list(signal_at).count(step)):
+                os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(pause)
             return step_fn(
                 state, {}, put_batch(rows, mesh), jax.random.fold_in(jax.random.key(3), step)
@@ -105,6 +124,7 @@ def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep
                 checkpoints=checkpoints,
                 evaluate=lambda state, step: score(state.params),
                 eval_every=eval_every,
+                stop_after_nonfinite=stop_after_nonfinite,
                 save_every=save_every,
                 sample=lambda state, step: [{"prompt": "p", "completion": f"c{step}"}],
             )
@@ -118,3 +138,16 @@ def run(folder, steps=12, save_every=3, eval_every=4, poison=(), pause=0.0, keep
         "best": checkpoints.best(),
         "message": outcome.message,
     }
+
+
+def record(folder):
+    """Everything a run wrote that must not depend on how often it was interrupted."""
+    lines = []
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        for line in (Path(folder) / file).read_text().splitlines():
+            lines.append({k: v for k, v in json.loads(line).items() if not k.startswith("time/")})
+    contents = {}
+    for manifest in sorted((Path(folder) / "checkpoints").glob("*/manifest.json")):
+        found = json.loads(manifest.read_text())
+        contents[found["step"]] = (found["content"], found["metrics"], found["leaves"])
+    return lines, contents

@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: resumed = uninterrupted to the bit, however it was stopped; exit codes."""
+
+import json
+import random
+import signal
+import time
+
+import pytest
+import toy
+from devices import start
+
+from jaxrlhf.train.checkpoint import Checkpoints
+
+POINTS = [
+    "step:0",
+    "step:2",
+    "before_save:3",
+    "saving:3",
+    "written:3",
+    "manifest:3",
+    "evaluated:4",
+    "committed:6",
+    "retained:6",
+    "written:9",
+    "step:11",
+    "evaluated:12",
+    "manifest:12",
+    "committed:12",
+]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run: its result and its record."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = toy.run(folder)
+    assert (result["exit_code"], result["reason"], result["step"]) == (0, "done", 12)
+    return result, toy.record(folder)
+
+
+def finish(folder, whole, **kwargs):
+    """Runs what is left and demands the uninterrupted run's result, log and checkpoints."""
+    result = toy.run(folder, **kwargs)
+    assert result["exit_code"] == 0
+    assert result["digest"] == whole[0]["digest"]
+    assert toy.record(folder) == whole[1]
+    assert result["best"] == whole[0]["best"]
+    return result
+
+
+def killed_at(folder, point):
+    child = start(toy.run, folder / "out.json", env={"JAXRLHF_CRASH_AT": point}, folder=str(folder))
+    text, _ = child.communicate(timeout=240)
+    assert child.returncode == -signal.SIGKILL, text
+
+
+def test_the_record_has_every_step_once_with_the_evaluations_in_place(whole):
+    lines, contents = whole[1]
+    train = [x["step"] for x in lines if x.get("split") == "train"]
+    evals = [x["step"] for x in lines if x.get("split") == "eval"]
+    assert train == list(range(1, 13))
+    assert evals == [0, 4, 8, 12]
+    assert [x["step"] for x in lines if "prompt" in x] == [0, 4, 8, 12]
+    assert sorted(contents) == [9, 12]
+    assert contents[12][1]["error"] == lines[-5]["error"]  # ranked by its own evaluation
+    assert all(x["learning_rate"] > 0 for x in lines if x.get("split") == "train")
+
+
+def test_killed_three_times_it_ends_the_same(tmp_path, whole):
+    for point in ("written:3", "manifest:6", "committed:9"):
+        killed_at(tmp_path, point)
+    assert finish(tmp_path, whole)["start"] == 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_at_any_point_it_ends_the_same(tmp_path, whole, point):
+    killed_at(tmp_path, point)
+    finish(tmp_path, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_killed_at_random_times_a_good_checkpoint_never_goes_backward(tmp_path, whole, seed):
+    rng = random.Random(seed)
+    last = 0
+    for _ in range(5):
+        child = start(toy.run, tmp_path / "out.json", folder=str(tmp_path), pause=0.05)
+        time.sleep(rng.uniform(4, 9))
+        child.kill()
+        child.communicate()
+        latest = Checkpoints(tmp_path).latest() or 0
+        assert latest >= last
+        last = latest
+    finish(tmp_path, whole)
+
+
+@pytest.mark.parametrize("at", [0, 5, 8, 11])
+def test_sigterm_finishes_the_step_saves_and_says_resumable(tmp_path, whole, at):
+    before = signal.getsignal(signal.SIGTERM)
+    result = toy.run(tmp_path, signal_at=[at])
+    assert signal.getsignal(signal.SIGTERM) is before
+    if at == 11:  # nothing was left to do
+        assert (result["exit_code"], result["reason"]) == (0, "done")
+    else:
+        assert (result["exit_code"], result["reason"]) == (143, "stopped")
+        assert result["step"] == at + 1 == result["steps"][-1]
+        assert "resumable" in result["message"]
+        again = toy.run(tmp_path)
+        assert again["start"] == at + 1
+        assert again["digest"] == whole[0]["digest"]
+    assert toy.record(tmp_path)[0] == whole[1][0]
+
+
+def exit_code(folder):
+    raise SystemExit(toy.run(folder, pause=0.1)["exit_code"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.3, 2.0])
+def test_a_real_sigterm_ends_with_143_and_is_resumed(tmp_path, whole, delay):
+    child = start(exit_code, tmp_path / "out.json", folder=str(tmp_path))
+    assert child.stdout is not None
+    while "compiling" not in child.stdout.readline():  # delay 0: in the middle of compiling
+        assert child.poll() is None
+    time.sleep(delay)
+    child.send_signal(signal.SIGTERM)
+    text, _ = child.communicate(timeout=120)
+    assert child.returncode == 143, text
+    assert "resumable" in text
+    assert toy.run(tmp_path)["digest"] == whole[0]["digest"]
+    assert toy.record(tmp_path)[0] == whole[1][0]
+
+
+def test_a_finished_run_called_again_does_nothing(tmp_path, whole):
+    toy.run(tmp_path)
+    files = sorted(p for p in (tmp_path / "checkpoints").rglob("*") if p.is_file())
+    before = [(p, p.stat().st_mtime_ns) for p in files]
+    result = finish(tmp_path, whole)
+    assert result["start"] == 12
+    assert before == [(p, p.stat().st_mtime_ns) for p in files]
+
+
+def test_resumed_past_a_damaged_checkpoint_it_ends_the_same(tmp_path, whole, capfd):
+    toy.run(tmp_path, signal_at=[6])
+    data = next((tmp_path / "checkpoints" / "7" / "params" / "d").iterdir())
+    content = bytearray(data.read_bytes())
+    content[100] ^= 1
+    data.write_bytes(content)
+    result = finish(tmp_path, whole)
+    assert result["start"] == 6
+    assert data.name in capfd.readouterr().out
+
+
+def test_non_finite_steps_are_skipped_counted_and_a_streak_ends_the_run(tmp_path, whole):
+    result = toy.run(tmp_path / "few", poison=[2, 3, 7])
+    assert result["exit_code"] == 0
+    lines, _ = toy.record(tmp_path / "few")
+    train = {x["step"]: x for x in lines if x.get("split") == "train"}
+    assert [s for s in train if train[s]["nonfinite"]] == [3, 4, 8]
+    assert train[3]["loss"] is None
+    result = toy.run(tmp_path / "streak", poison=range(5, 12), stop_after_nonfinite=3)
+    assert (result["exit_code"], result["reason"]) == (1, "non-finite")
+    assert "3 times in a row" in result["message"]
+    # Logged one step late, so at most one more was tried; none of them moved the parameters,
+    # and the last checkpoint is from before.
+    assert result["step"] in (8, 9)
+    good = json.loads(
+        (
+            tmp_path / "streak" / "checkpoints" / str(result["steps"][-1]) / "manifest.json"
+        ).read_text()
+    )
+    assert good["step"] <= 8
+    assert Checkpoints(tmp_path / "streak").verify(good["step"]) == []
+
+
+def failing(folder):
+    """The second save fails in the background: the loop must stop soon, not at the end."""
+    import resource
+
+    from jaxrlhf.errors import CheckpointError
+
+    real = toy.batch
+
+    def batch(step=0, **kwargs):
+        if step == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2500, resource.RLIM_INFINITY))
+        return real(step, **kwargs)
+
+    toy.batch = batch
+    try:
+        toy.run(folder, pause=0.3, steps=40)
+    except CheckpointError as e:
+        return str(e)
+    return None
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_soon(tmp_path):
+    child = start(failing, tmp_path / "out.json", folder=str(tmp_path / "run"))
+    text, _ = child.communicate(timeout=240)
+    assert child.returncode == 0, text
+    message = json.loads((tmp_path / "out.json").read_text())
+    assert message, text
+    assert "step 6 could not be written" in message
+    assert "step 3 is kept" in message
+    assert Checkpoints(tmp_path / "run").latest() == 3
+
+
+def twice(folder):
+    """The second signal comes while the first one's step is still at work."""
+    toy.run(folder, signal_at=[3, 3])
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    child = start(twice, tmp_path / "out.json", folder=str(tmp_path / "run"))
+    text, _ = child.communicate(timeout=240)
+    assert child.returncode == 143, text
