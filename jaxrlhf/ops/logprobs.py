@@ -149,6 +149,7 @@ def exact_kl(
     def one_chunk(kernels, hidden, ref_hidden):
         logp = _log_softmax(hidden, kernels[0], temperature)
         logq = _log_softmax(ref_hidden, kernels[1], temperature)
-        return (jnp.exp(logp) * (logp - logq)).sum(-1)
+        # Never negative but for rounding, which is taken off.
+        return jnp.maximum((jnp.exp(logp) * (logp - logq)).sum(-1), 0)
 
     return _of_own_slot(_over_positions(one_chunk, chunk, (kernel, ref_kernel), hidden, ref_hidden))

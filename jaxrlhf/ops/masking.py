@@ -70,7 +70,7 @@ def whiten(
 
 
 def weighted_sum(x: Float[Array, "*shape"], weights: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """sum(weights * x), where a slot of weight 0 may hold anything. The only reduction of losses."""
+    """sum(weights * x); a slot of weight 0 may hold anything. The only reduction of losses."""
     used = weights != 0
     return (keep(x, used) * weights).sum()
 

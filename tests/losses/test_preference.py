@@ -76,5 +76,5 @@ def test_a_tie_counts_half_in_accuracy():
 
 def test_a_wrong_shape_is_refused_not_broadcast():
     chosen, rejected, ref_c, ref_r = pairs(3)
-    with pytest.raises(Exception, match="(?i)shape|type"):
+    with pytest.raises(Exception, match=r"(?i)shape|type"):
         dpo(chosen[:, None], rejected, ref_c, ref_r)

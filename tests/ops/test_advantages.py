@@ -150,5 +150,5 @@ def test_rows_that_are_no_whole_groups_are_refused(n):
 
 def test_a_transposed_or_unbroadcast_shape_is_refused():
     x = jnp.zeros((B, T))
-    with pytest.raises(Exception, match="(?i)shape|type"):
+    with pytest.raises(Exception, match=r"(?i)shape|type"):
         gae(x, x[:, :1], x == 0)

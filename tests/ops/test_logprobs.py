@@ -58,7 +58,7 @@ def test_exact_kl_is_0_for_equal_models_and_never_negative(seed):
     hidden, kernel, _, ref_hidden, _ = case(seed)
     assert (exact_kl(hidden, kernel, hidden, kernel, chunk=4) == 0).all()
     near = hidden + 1e-3 * ref_hidden
-    assert exact_kl(hidden, kernel, near, kernel, chunk=4).min() >= -1e-7
+    assert exact_kl(hidden, kernel, near, kernel, chunk=4).min() >= 0
 
 
 def test_gradients_do_not_depend_on_the_chunk_and_match_the_plain_formula():

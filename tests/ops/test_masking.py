@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Masked statistics and global weights against float64 NumPy; garbage in masked slots is nothing."""
+"""Masked statistics and global weights against float64 NumPy; masked garbage is nothing."""
 
 import jax
 import jax.numpy as jnp
