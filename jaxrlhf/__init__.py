@@ -1,2 +1,46 @@
 # SPDX-License-Identifier: Apache-2.0
 """jaxrlhf: from a language model and feedback to an aligned model, in JAX."""
+
+from typing import TYPE_CHECKING, Any
+
+from jaxrlhf.errors import CheckpointError, ConfigError, DataError, JaxrlhfError, ModelError
+
+if TYPE_CHECKING:
+    from jaxrlhf.api import dpo as dpo
+    from jaxrlhf.api import evaluate as evaluate
+    from jaxrlhf.api import export as export
+    from jaxrlhf.api import generate as generate
+    from jaxrlhf.api import ppo as ppo
+    from jaxrlhf.api import pretrain as pretrain
+    from jaxrlhf.api import reward as reward
+    from jaxrlhf.api import run as run
+    from jaxrlhf.api import score as score
+    from jaxrlhf.api import sft as sft
+
+COMMANDS = (
+    "dpo",
+    "evaluate",
+    "export",
+    "generate",
+    "ppo",
+    "pretrain",
+    "reward",
+    "run",
+    "score",
+    "sft",
+)
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "JaxrlhfError", "ModelError", *COMMANDS]
+
+
+def __getattr__(name: str) -> Any:
+    """The commands as functions, imported when first used: `import jaxrlhf` costs nothing."""
+    if name in COMMANDS:
+        from jaxrlhf import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *COMMANDS})

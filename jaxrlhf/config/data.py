@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
+from annotated_types import Ge
 from pydantic import BeforeValidator, Field
 
 from jaxrlhf.config.base import (
+    Int,
+    Natural,
     OpenShare,
     Positive,
     PositiveFloat,
@@ -26,17 +30,21 @@ class Source(Section):
         description="a file (jsonl, json, csv, parquet, txt, each also .gz), a folder, a saved HF "
         "dataset, a hub name or tfds:NAME"
     )
-    split: str | None = Field(None, description="which split; null = train, or the only one")
+    split: str | None = Field(
+        default=None, description="which split; null = train, or the only one"
+    )
     weight: PositiveFloat | None = Field(
-        None,
+        default=None,
         description="share of the mixture, relative to the others; null everywhere = all rows of "
         "all sources, once an epoch",
     )
-    format: str | None = Field(None, description="how rows are read; null = told by their columns")
+    format: str | None = Field(
+        default=None, description="how rows are read; null = told by their columns"
+    )
     column_map: dict[str, str] = Field(
         default_factory=dict, description="{column we know: column in the file}"
     )
-    limit: Positive | None = Field(None, description="only the first so many rows")
+    limit: Positive | None = Field(default=None, description="only the first so many rows")
 
 
 Sources = Annotated[list[Source], BeforeValidator(as_list)]
@@ -50,33 +58,57 @@ class DataSection(Section):
     train: Sources = Field(default_factory=list, description="what is learnt from; a list is mixed")
     eval: Sources = Field(default_factory=list, description="held-out rows")
     eval_fraction: OpenShare | None = Field(
-        None, description="without eval: this share of train, split by prompt, is held out"
+        default=None, description="without eval: this share of train, split by prompt, is held out"
     )
-    max_length: Positive = Field(512, description="longest row, tokens")
+    max_length: Positive = Field(default=512, description="longest row, tokens")
     max_prompt_length: Positive | None = Field(
-        None, description="longest prompt, tokens; null = what max_length leaves"
+        default=None, description="longest prompt, tokens; null = what max_length leaves"
     )
     truncation: Literal["error", "drop", "left", "right"] = Field(
-        "left",
+        default="left",
         description="a row that is too long: stop, leave it out, keep its end (after BOS) or its "
         "start; counted and printed",
     )
     template: str | None = Field(
-        None, description="chat template: chatml, llama3, gemma, plain; null = the tokenizer's own"
+        default=None,
+        description="chat template: chatml, llama3, gemma, plain; null = the tokenizer's own",
     )
     completion_only: bool = Field(
-        True, description="train on completions and assistant turns only, not on prompts"
+        default=True, description="train on completions and assistant turns only, not on prompts"
     )
-    append_eos: bool = Field(True, description="end every completion with EOS")
+    append_eos: bool = Field(default=True, description="end every completion with EOS")
     on_bad_row: Literal["error", "skip"] = Field(
-        "error", description="a row that cannot be used: stop, or skip, count and report"
+        default="error", description="a row that cannot be used: stop, or skip, count and report"
     )
-    shuffle: bool = Field(True, description="a new order each epoch, a function of (seed, epoch)")
+    shuffle: bool = Field(
+        default=True, description="a new order each epoch, a function of (seed, epoch)"
+    )
+    folds: Annotated[Int, Ge(2)] | None = Field(
+        default=None, description="cross-validation: train is cut, by prompt, into so many parts"
+    )
+    fold: Natural = Field(default=0, description="which of the folds is held out, from 0")
+
+    def contradictions(self) -> Iterator[str]:
+        ways = {
+            "eval": self.eval or None,
+            "eval_fraction": self.eval_fraction,
+            "folds": self.folds,
+        }
+        given = [name for name, value in ways.items() if value is not None]
+        if len(given) > 1:
+            yield f"{' and '.join(given)} are given together: rows are held out by one of them"
+        if self.folds is not None and self.fold >= self.folds:
+            yield f"fold = {self.fold} must be below folds = {self.folds}"
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there are rows to evaluate on."""
+        return bool(self.eval) or self.eval_fraction is not None or self.folds is not None
 
 
 class TextDataSection(DataSection):
     """As above, trained from the first token on."""
 
     completion_only: bool = Field(
-        False, description="train on completions and assistant turns only, not on prompts"
+        default=False, description="train on completions and assistant turns only, not on prompts"
     )

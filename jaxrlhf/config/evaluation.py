@@ -9,7 +9,7 @@ from jaxrlhf.config.base import Coefficients, Counts, Natural, OpenShare, Positi
 
 
 class EvaluationSection(Section):
-    samples_per_prompt: Positive = Field(1, description="completions drawn for each prompt")
+    samples_per_prompt: Positive = Field(default=1, description="completions drawn for each prompt")
     best_of: Counts = Field(
         default_factory=list,
         description="best-of-n of the proxy for these n, each at most samples_per_prompt",
@@ -19,7 +19,9 @@ class EvaluationSection(Section):
         description="KL coefficients for which the best reachable reward - coef x KL is estimated "
         "from the samples",
     )
-    bootstrap: Positive = Field(1000, description="resamples behind each interval")
-    confidence: OpenShare = Field(0.95, description="coverage of the intervals")
-    calibration_bins: Positive = Field(10, description="bins of the reliability table")
-    samples: Natural = Field(16, description="prompts whose completions are shown in the report")
+    bootstrap: Positive = Field(default=1000, description="resamples behind each interval")
+    confidence: OpenShare = Field(default=0.95, description="coverage of the intervals")
+    calibration_bins: Positive = Field(default=10, description="bins of the reliability table")
+    samples: Natural = Field(
+        default=16, description="prompts whose completions are shown in the report"
+    )

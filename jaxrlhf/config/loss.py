@@ -16,7 +16,7 @@ class LMLossSection(Section):
     """Cross-entropy of the next token."""
 
     weights: Weighting = Field(
-        "token_mean", description="what counts alike over the global batch: tokens or rows"
+        default="token_mean", description="what counts alike over the global batch: tokens or rows"
     )
 
 
@@ -25,7 +25,7 @@ class RewardLossSection(Section, extra="allow"):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = Field("pairwise", description="a key of losses.reward.REWARD_LOSSES")
+    name: str = Field(default="pairwise", description="a key of losses.reward.REWARD_LOSSES")
 
 
 class PreferenceLossSection(Section, extra="allow"):
@@ -33,4 +33,4 @@ class PreferenceLossSection(Section, extra="allow"):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = Field("dpo", description="a key of losses.preference.PREFERENCE_LOSSES")
+    name: str = Field(default="dpo", description="a key of losses.preference.PREFERENCE_LOSSES")

@@ -14,9 +14,11 @@ from jaxrlhf.config.base import Int, Section
 class Mesh(Section):
     """How the devices are laid out; one size may be -1 = the rest. The product is their number."""
 
-    data: Int = Field(1, description="copies of the model, each with its own rows")
-    fsdp: Int = Field(-1, description="parts of weights and optimizer, gathered when used")
-    tensor: Int = Field(1, description="parts of every matrix product (heads, MLP, vocabulary)")
+    data: Int = Field(default=1, description="copies of the model, each with its own rows")
+    fsdp: Int = Field(default=-1, description="parts of weights and optimizer, gathered when used")
+    tensor: Int = Field(
+        default=1, description="parts of every matrix product (heads, MLP, vocabulary)"
+    )
 
     @pydantic.model_validator(mode="before")
     @classmethod

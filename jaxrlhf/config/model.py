@@ -14,19 +14,26 @@ from jaxrlhf.config.base import DType, ModelName, Positive, PositiveFloat, Secti
 class Architecture(Section):
     """A model with fresh random weights; sizes left out follow from the others."""
 
-    family: Literal["llama", "gpt2"] = Field("llama", description="which family of decoder")
-    hidden_size: Positive = Field(128, description="width of the residual stream")
-    num_layers: Positive = Field(2, description="decoder layers")
-    num_heads: Positive = Field(4, description="query heads")
-    num_kv_heads: Positive | None = Field(None, description="key/value heads; null = num_heads")
-    head_dim: Positive | None = Field(None, description="null = hidden_size / num_heads")
-    mlp_dim: Positive | None = Field(
-        None, description="width of the MLP; null = 4 x hidden_size (gpt2), 8/3 of it (llama)"
+    family: Literal["llama", "gpt2"] = Field(default="llama", description="which family of decoder")
+    hidden_size: Positive = Field(default=128, description="width of the residual stream")
+    num_layers: Positive = Field(default=2, description="decoder layers")
+    num_heads: Positive = Field(default=4, description="query heads")
+    num_kv_heads: Positive | None = Field(
+        default=None, description="key/value heads; null = num_heads"
     )
-    vocab_size: Positive | None = Field(None, description="null = the tokenizer's")
-    max_positions: Positive = Field(1024, description="longest row, tokens")
-    rope_theta: PositiveFloat = Field(10000.0, description="base of the rotary angles (llama)")
-    tie_embeddings: bool = Field(True, description="the output head is the embedding, transposed")
+    head_dim: Positive | None = Field(default=None, description="null = hidden_size / num_heads")
+    mlp_dim: Positive | None = Field(
+        default=None,
+        description="width of the MLP; null = 4 x hidden_size (gpt2), 8/3 of it (llama)",
+    )
+    vocab_size: Positive | None = Field(default=None, description="null = the tokenizer's")
+    max_positions: Positive = Field(default=1024, description="longest row, tokens")
+    rope_theta: PositiveFloat = Field(
+        default=10000.0, description="base of the rotary angles (llama)"
+    )
+    tie_embeddings: bool = Field(
+        default=True, description="the output head is the embedding, transposed"
+    )
 
     def contradictions(self) -> Iterator[str]:
         if self.head_dim is None and self.hidden_size % self.num_heads:
@@ -47,28 +54,39 @@ class ModelSection(Section):
     shorthand: ClassVar[str | None] = "path"
 
     path: ModelName | None = Field(
-        None, description="a run directory (its best or last checkpoint), an HF folder or hub name"
-    )
-    init: Architecture | None = Field(
-        None, description="instead of path: a fresh model of this shape"
+        default=None,
+        description="a run directory (its best or last checkpoint), an HF folder or hub name",
     )
     tokenizer: ModelName | None = Field(
-        None, description="a folder or hub name; null = the one beside the model"
+        default=None, description="a folder or hub name; null = the one beside the model"
     )
-    dtype: DType = Field("float32", description="what is computed in; frozen models are stored so")
-    param_dtype: DType = Field("float32", description="the master weights that train")
+    dtype: DType = Field(
+        default="float32", description="what is computed in; frozen models are stored so"
+    )
+    param_dtype: DType = Field(default="float32", description="the master weights that train")
     remat: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, ~17 % slower"
+        default=False,
+        description="recompute activations in the backward pass: less memory, ~17 % slower",
     )
     unroll: Positive | Literal["all", "auto"] = Field(
-        "auto",
+        default="auto",
         description="layers per iteration of the scan over them; auto = all up to 8 layers, else 1",
     )
     attention_block: Positive = Field(
-        64, description="query positions per block of causal attention (same result, other speed)"
+        default=64,
+        description="query positions per block of causal attention (same result, other speed)",
     )
     logprob_chunk: Positive | None = Field(
-        None, description="positions whose logits exist at a time; null = chosen by vocabulary size"
+        default=None,
+        description="positions whose logits exist at a time; null = chosen by vocabulary size",
+    )
+
+
+class FreshModelSection(ModelSection):
+    """As above, or a new model (`init`) instead of a path."""
+
+    init: Architecture | None = Field(
+        default=None, description="instead of path: a fresh model of this shape"
     )
 
     def contradictions(self) -> Iterator[str]:

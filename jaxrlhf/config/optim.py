@@ -15,22 +15,27 @@ class OptimSection(Section):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: Literal["adamw", "adafactor", "sgd"] = Field("adamw", description="the update rule")
-    learning_rate: NonNegative = Field(1e-4, description="its peak, after warmup")
+    name: Literal["adamw", "adafactor", "sgd"] = Field(
+        default="adamw", description="the update rule"
+    )
+    learning_rate: NonNegative = Field(default=1e-4, description="its peak, after warmup")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "linear", description="decay from the peak at the end of warmup to final_ratio at the end"
+        default="linear",
+        description="decay from the peak at the end of warmup to final_ratio at the end",
     )
     warmup: NonNegative = Field(
-        0.0, description="below 1: share of the run's optimizer steps; from 1: number of them"
+        default=0.0,
+        description="below 1: share of the run's optimizer steps; from 1: number of them",
     )
-    final_ratio: Share = Field(0.0, description="last learning rate as a share of the peak")
+    final_ratio: Share = Field(default=0.0, description="last learning rate as a share of the peak")
     weight_decay: NonNegative = Field(
-        0.0, description="decoupled, on matrices only (not on norms, biases, embeddings)"
+        default=0.0, description="decoupled, on matrices only (not on norms, biases, embeddings)"
     )
     clip_norm: PositiveFloat | None = Field(
-        1.0, description="largest global norm of the accumulated gradient; null = no clipping"
+        default=1.0,
+        description="largest global norm of the accumulated gradient; null = no clipping",
     )
-    b1: Share = Field(0.9, description="decay of the first moment per step")
-    b2: Share = Field(0.999, description="decay of the second moment per step")
-    eps: PositiveFloat = Field(1e-8, description="added to the root of the second moment")
-    moment_dtype: DType = Field("float32", description="how the first moment is stored")
+    b1: Share = Field(default=0.9, description="decay of the first moment per step")
+    b2: Share = Field(default=0.999, description="decay of the second moment per step")
+    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
+    moment_dtype: DType = Field(default="float32", description="how the first moment is stored")

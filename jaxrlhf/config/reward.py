@@ -28,8 +28,8 @@ class RewardTerm(Section):
         description="a reward model, module:function or file.py:function; a function is called "
         "with (prompts, completions, **columns) and returns a list of floats"
     )
-    weight: Float = Field(1.0, description="the sum of weight x score is what is optimised")
-    name: str | None = Field(None, description="how it is logged; null = told by source")
+    weight: Float = Field(default=1.0, description="the sum of weight x score is what is optimised")
+    name: str | None = Field(default=None, description="how it is logged; null = told by source")
 
     @property
     def kind(self) -> Literal["model", "function"]:

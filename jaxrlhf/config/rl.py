@@ -18,25 +18,28 @@ class RLSection(Section, extra="allow"):
     once the stage is imported; the errors of both passes are shown together.
     """
 
-    advantage: str = Field("gae", description="a key of ops.advantages.ESTIMATORS")
-    policy_loss: str = Field("ppo_clip", description="a key of losses.policy.POLICY_LOSSES")
-    samples_per_prompt: Positive = Field(1, description="completions of each prompt in a batch")
-    epochs: Positive = Field(4, description="passes over each batch of experience")
-    minibatches: Positive = Field(4, description="optimizer steps per pass")
+    advantage: str = Field(default="gae", description="a key of ops.advantages.ESTIMATORS")
+    policy_loss: str = Field(default="ppo_clip", description="a key of losses.policy.POLICY_LOSSES")
+    samples_per_prompt: Positive = Field(
+        default=1, description="completions of each prompt in a batch"
+    )
+    epochs: Positive = Field(default=4, description="passes over each batch of experience")
+    minibatches: Positive = Field(default=4, description="optimizer steps per pass")
     kl_coef: NonNegative = Field(
-        0.05, description="penalty per nat of KL towards the reference, inside the reward"
+        default=0.05, description="penalty per nat of KL towards the reference, inside the reward"
     )
     kl_in_reward: Literal["k1", "exact"] = Field(
-        "k1", description="log-ratio of the sampled token, or the KL of the whole distribution"
+        default="k1",
+        description="log-ratio of the sampled token, or the KL of the whole distribution",
     )
     whiten_advantages: bool = Field(
-        True, description="mean 0 and variance 1 over the batch's completion tokens"
+        default=True, description="mean 0 and variance 1 over the batch's completion tokens"
     )
-    value_coef: NonNegative = Field(0.1, description="weight of the value loss")
-    entropy_coef: NonNegative = Field(0.0, description="weight of the entropy bonus")
+    value_coef: NonNegative = Field(default=0.1, description="weight of the value loss")
+    entropy_coef: NonNegative = Field(default=0.0, description="weight of the entropy bonus")
     critic: Literal["policy", "reward", "shared"] = Field(
-        "policy",
+        default="policy",
         description="where values come from: a copy of the policy, a copy of the reward model, or "
         "a head on the policy's own trunk",
     )
-    weights: Weighting = Field("token_mean", description="what counts alike in a minibatch")
+    weights: Weighting = Field(default="token_mean", description="what counts alike in a minibatch")

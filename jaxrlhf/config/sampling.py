@@ -19,20 +19,24 @@ def _stops(value: Any) -> Any:
 
 
 class SamplingSection(Section):
-    temperature: NonNegative = Field(1.0, description="logits are divided by it; 0 = greedy")
-    top_k: Natural = Field(0, description="only the k most probable tokens; 0 = all")
+    temperature: NonNegative = Field(
+        default=1.0, description="logits are divided by it; 0 = greedy"
+    )
+    top_k: Natural = Field(default=0, description="only the k most probable tokens; 0 = all")
     top_p: Annotated[Float, Gt(0), Le(1)] = Field(
-        1.0, description="only the most probable tokens up to this mass; 1 = all"
+        default=1.0, description="only the most probable tokens up to this mass; 1 = all"
     )
     min_p: Annotated[Float, Ge(0), Lt(1)] = Field(
-        0.0, description="only tokens at least this share as probable as the best; 0 = all"
+        default=0.0, description="only tokens at least this share as probable as the best; 0 = all"
     )
-    max_new_tokens: Positive = Field(128, description="longest completion, tokens")
+    max_new_tokens: Positive = Field(default=128, description="longest completion, tokens")
     stop: Annotated[list[int | str], BeforeValidator(_stops)] | None = Field(
-        None, description="tokens or ids that end a completion; null = the model's EOS, [] = none"
+        default=None,
+        description="tokens or ids that end a completion; null = the model's EOS, [] = none",
     )
     batch_size: Positive | None = Field(
-        None, description="rows sampled at a time, over all devices; null = 64, or the batch in ppo"
+        default=None,
+        description="rows sampled at a time, over all devices; null = 64, or the batch in ppo",
     )
 
     def filters(self) -> list[str]:
@@ -57,4 +61,6 @@ class RLSamplingSection(SamplingSection):
 class ChatSamplingSection(SamplingSection):
     """As above, a little cooler."""
 
-    temperature: NonNegative = Field(0.7, description="logits are divided by it; 0 = greedy")
+    temperature: NonNegative = Field(
+        default=0.7, description="logits are divided by it; 0 = greedy"
+    )

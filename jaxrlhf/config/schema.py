@@ -80,7 +80,7 @@ def shape_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> Shape:
         item = shape_of(typing.get_args(annotation)[1])
         return Shape("dict", f"a mapping of names to {item.accepts}", item=item, resume=resume)
     if origin is Literal:
-        choices = typing.get_args(annotation)
+        choices: tuple[Any, ...] = typing.get_args(annotation)
         said = "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
         text = all(isinstance(c, str) for c in choices)
         return Shape("scalar", said, choices=choices, resume=resume, text=text)

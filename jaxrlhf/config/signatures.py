@@ -113,6 +113,12 @@ def _declared(section: Section) -> tuple[str, ...]:
     return tuple(type(section).model_fields)
 
 
+def _shown(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
 def check_section(
     section: Section, prefix: str, functions: Mapping[str, Function]
 ) -> tuple[list[str], dict[str, Any]]:
@@ -137,12 +143,7 @@ def check_section(
             annotation, _ = accepted[name]
             found = convert(value, annotation)
             if found is _WRONG:
-                shown = (
-                    {True: "true", False: "false", None: "null"}.get(value, repr(value))
-                    if (value is None or isinstance(value, bool))
-                    else repr(value)
-                )
-                errors.append(f"{prefix}.{name}: expected {words(annotation)}; got {shown}")
+                errors.append(f"{prefix}.{name}: expected {words(annotation)}; got {_shown(value)}")
             else:
                 filled[name] = found
             continue

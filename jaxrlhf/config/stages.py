@@ -23,7 +23,7 @@ from jaxrlhf.config.data import DataSection, Source, Sources, TextDataSection
 from jaxrlhf.config.evaluation import EvaluationSection
 from jaxrlhf.config.loss import LMLossSection, PreferenceLossSection, RewardLossSection
 from jaxrlhf.config.mesh import Mesh
-from jaxrlhf.config.model import Architecture, ModelSection
+from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
 from jaxrlhf.config.optim import OptimSection
 from jaxrlhf.config.reward import Rewards
 from jaxrlhf.config.rl import RLSection
@@ -44,9 +44,9 @@ class StageConfig(Section):
     # Dotted fields without which the stage cannot start, and how each is usually given.
     needs: ClassVar[dict[str, str]] = {}
 
-    seed: Natural = Field(0, description="everything random is a function of it")
+    seed: Natural = Field(default=0, description="everything random is a function of it")
     output_dir: PathName | None = Field(
-        None, description="the run directory; null = runs/<stage>-<time>"
+        default=None, description="the run directory; null = runs/<stage>-<time>"
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -73,22 +73,18 @@ class TrainingConfig(StageConfig):
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection()
     track: Trackers = Field(
-        ["tensorboard"], description="where metrics go besides metrics.jsonl: tensorboard, wandb"
+        default=["tensorboard"],
+        description="where metrics go besides metrics.jsonl: tensorboard, wandb",
     )
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if self.data.eval and self.data.eval_fraction is not None:
-            yield (
-                f"data.eval and data.eval_fraction = {self.data.eval_fraction} are both given: "
-                "rows are held out by one of them"
-            )
         watched = self.train.eval_every is not None or self.train.keep_best is not None
-        if watched and not (self.data.eval or self.data.eval_fraction is not None):
+        if watched and not self.data.holds_out:
             key = "keep_best" if self.train.keep_best is not None else "eval_every"
             yield (
                 f"train.{key} = {getattr(self.train, key)} has nothing to evaluate on: give "
-                "data.eval or data.eval_fraction"
+                "data.eval, data.eval_fraction or data.folds"
             )
 
 
@@ -98,6 +94,7 @@ class PretrainConfig(TrainingConfig):
     summary: ClassVar[str] = "a language model on plain text, from fresh weights or continued"
     needs: ClassVar[dict[str, str]] = {"data.train": TRAIN_ROWS}
 
+    model: FreshModelSection = FreshModelSection()
     data: TextDataSection = TextDataSection()
     loss: LMLossSection = LMLossSection()
 
@@ -128,7 +125,7 @@ class DPOConfig(TrainingConfig):
 
     summary: ClassVar[str] = "a policy straight from comparisons (DPO; loss.name picks the loss)"
     reference: ModelName | None = Field(
-        None, description="the frozen model stayed close to; null = the model as it starts"
+        default=None, description="the frozen model stayed close to; null = the model as it starts"
     )
     loss: PreferenceLossSection = PreferenceLossSection()
 
@@ -144,7 +141,7 @@ class PPOConfig(TrainingConfig):
         "train.steps": "give the number of iterations, e.g. train.steps=100",
     }
     reference: ModelName | None = Field(
-        None, description="the frozen model stayed close to; null = the policy as it starts"
+        default=None, description="the frozen model stayed close to; null = the policy as it starts"
     )
     reward: Rewards = Field(default_factory=list, description="what is maximised")
     gold: Rewards = Field(
@@ -193,17 +190,19 @@ class GenerateConfig(StageConfig):
     mesh: Mesh = Mesh()
     prompt: Texts = Field(default_factory=list, description="prompts as text")
     prompts: Sources = Field(default_factory=list, description="prompts as rows")
-    n: Positive = Field(1, description="completions per prompt")
-    max_prompt_length: Positive = Field(512, description="longest prompt, tokens")
+    n: Positive = Field(default=1, description="completions per prompt")
+    max_prompt_length: Positive = Field(default=512, description="longest prompt, tokens")
     truncation: Literal["error", "drop", "left", "right"] = Field(
-        "left", description="what happens to a longer one"
+        default="left", description="what happens to a longer one"
     )
     template: str | None = Field(
-        None, description="chat template for prompts that are messages; null = the tokenizer's own"
+        default=None,
+        description="chat template for prompts that are messages; null = the tokenizer's own",
     )
     sampling: SamplingSection = SamplingSection()
     output: PathName | None = Field(
-        None, description="the jsonl file written; null = completions.jsonl in the run directory"
+        default=None,
+        description="the jsonl file written; null = completions.jsonl in the run directory",
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -223,10 +222,12 @@ class ScoreConfig(StageConfig):
     model: ModelSection = ModelSection()
     mesh: Mesh = Mesh()
     data: Sources = Field(default_factory=list, description="rows of prompt and completion")
-    max_length: Positive = Field(512, description="longest row, tokens; a longer one is an error")
-    batch_size: Positive = Field(64, description="rows scored at a time, over all devices")
+    max_length: Positive = Field(
+        default=512, description="longest row, tokens; a longer one is an error"
+    )
+    batch_size: Positive = Field(default=64, description="rows scored at a time, over all devices")
     output: PathName | None = Field(
-        None, description="the jsonl file written; null = scores.jsonl in the run directory"
+        default=None, description="the jsonl file written; null = scores.jsonl in the run directory"
     )
 
 
@@ -238,20 +239,26 @@ class EvalConfig(StageConfig):
 
     model: ModelSection = ModelSection()
     mesh: Mesh = Mesh()
-    label: str | None = Field(None, description="name in the report; null = the stage's or model's")
+    label: str | None = Field(
+        default=None, description="name in the report; null = the stage's or model's"
+    )
     data: DataSection = Field(
-        DataSection(), description="data.eval: text for perplexity, comparisons for accuracy"
+        default=DataSection(),
+        description="data.eval: text for perplexity, comparisons for accuracy",
     )
     prompts: Sources = Field(default_factory=list, description="prompts that are completed")
-    reference: ModelName | None = Field(None, description="KL is measured against this model")
+    reference: ModelName | None = Field(
+        default=None, description="KL is measured against this model"
+    )
     baseline: ModelName | None = Field(
-        None, description="win rate against this model's completions, judged by gold, else proxy"
+        default=None,
+        description="win rate against this model's completions, judged by gold, else proxy",
     )
     proxy: Rewards = Field(default_factory=list, description="what was optimised")
     gold: Rewards = Field(default_factory=list, description="what was meant")
     sampling: SamplingSection = SamplingSection()
     eval: EvaluationSection = EvaluationSection()
-    batch_size: Positive = Field(64, description="rows at a time, over all devices")
+    batch_size: Positive = Field(default=64, description="rows at a time, over all devices")
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
@@ -275,7 +282,7 @@ class WorldConfig(StageConfig):
     """The embedded customer-support world: texts, demonstrations, prompts and a tokenizer."""
 
     summary: ClassVar[str] = "the embedded synthetic world's files"
-    world_seed: Natural | None = Field(None, description="of the generator; null = seed")
+    world_seed: Natural | None = Field(default=None, description="of the generator; null = seed")
     sizes: WorldSizes = WorldSizes()
 
 
@@ -287,14 +294,16 @@ class LabelConfig(StageConfig):
         "world": "give the folder a world stage wrote",
         "completions": "give rows of prompt and completion, e.g. a generate stage's output",
     }
-    world: SourceName | None = Field(None, description="the folder of the world")
+    world: SourceName | None = Field(default=None, description="the folder of the world")
     completions: Sources = Field(
         default_factory=list, description="several completions per prompt, as generate writes them"
     )
     pairs: Literal["all", "adjacent", "best_worst"] = Field(
-        "all", description="which comparisons are made of a ranking"
+        default="all", description="which comparisons are made of a ranking"
     )
-    eval_fraction: OpenShare = Field(0.1, description="share of prompts kept for held-out pairs")
+    eval_fraction: OpenShare = Field(
+        default=0.1, description="share of prompts kept for held-out pairs"
+    )
 
 
 class ReportConfig(StageConfig):
@@ -303,9 +312,9 @@ class ReportConfig(StageConfig):
     summary: ClassVar[str] = "one HTML page of plots, tables and samples"
     needs: ClassVar[dict[str, str]] = {"runs": "give run directories"}
     runs: Paths = Field(default_factory=list, description="run or pipeline directories")
-    title: str | None = Field(None, description="headline; null = told by the runs")
+    title: str | None = Field(default=None, description="headline; null = told by the runs")
     output: PathName | None = Field(
-        None, description="the file written; null = report.html in the (first) run"
+        default=None, description="the file written; null = report.html in the (first) run"
     )
 
 
@@ -315,8 +324,12 @@ class ExportConfig(StageConfig):
     summary: ClassVar[str] = "a run as an HF folder"
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
     model: ModelSection = ModelSection()
-    format: Literal["hf"] = Field("hf", description="hf: config.json, safetensors, tokenizer, card")
-    output: PathName | None = Field(None, description="the folder; null = export/ in the run")
+    format: Literal["hf"] = Field(
+        default="hf", description="hf: config.json, safetensors, tokenizer, card"
+    )
+    output: PathName | None = Field(
+        default=None, description="the folder; null = export/ in the run"
+    )
 
 
 class ChatConfig(StageConfig):
@@ -326,8 +339,10 @@ class ChatConfig(StageConfig):
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
     model: ModelSection = ModelSection()
     mesh: Mesh = Mesh()
-    template: str | None = Field(None, description="chat template; null = the tokenizer's own")
-    system: str | None = Field(None, description="system message")
+    template: str | None = Field(
+        default=None, description="chat template; null = the tokenizer's own"
+    )
+    system: str | None = Field(default=None, description="system message")
     sampling: ChatSamplingSection = ChatSamplingSection()
 
 
@@ -338,7 +353,7 @@ class DataShowConfig(StageConfig):
     needs: ClassVar[dict[str, str]] = {"data.train": "name a SOURCE"}
     model: ModelSection = ModelSection()
     data: DataSection = DataSection()
-    rows: Positive = Field(4, description="rows shown")
+    rows: Positive = Field(default=4, description="rows shown")
 
 
 class DataPairsConfig(StageConfig):
@@ -348,10 +363,12 @@ class DataPairsConfig(StageConfig):
     needs: ClassVar[dict[str, str]] = {"data": "name a SOURCE"}
     data: Sources = Field(default_factory=list, description="rows with completions and ranks")
     pairs: Literal["all", "adjacent", "best_worst"] = Field(
-        "all", description="which comparisons are made of a ranking"
+        default="all", description="which comparisons are made of a ranking"
     )
-    ties: Literal["skip", "keep"] = Field("skip", description="pairs of equal rank")
-    output: PathName | None = Field(None, description="the jsonl file written; null = stdout")
+    ties: Literal["skip", "keep"] = Field(default="skip", description="pairs of equal rank")
+    output: PathName | None = Field(
+        default=None, description="the jsonl file written; null = stdout"
+    )
 
 
 # Commands and pipeline stages by name.

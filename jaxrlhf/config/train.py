@@ -34,42 +34,48 @@ class TrainSection(Section):
     """Length of the run, batches, evaluation and checkpoints; in ppo a step is an iteration."""
 
     steps: Annotated[Positive, GROW] | None = Field(
-        None, description="optimizer steps (in ppo: iterations); null = given by epochs"
+        default=None, description="optimizer steps (in ppo: iterations); null = given by epochs"
     )
     epochs: Annotated[PositiveFloat, GROW] | None = Field(
-        None, description="passes over data.train; null = given by steps, or 1"
+        default=None, description="passes over data.train; null = given by steps, or 1"
     )
     batch_size: Positive | None = Field(
-        64, description="rows per optimizer step, over all devices (in ppo: episodes an iteration)"
+        default=64,
+        description="rows per optimizer step, over all devices (in ppo: episodes an iteration)",
     )
     microbatch_size: Positive | None = Field(
-        None, description="rows per data shard and pass; null = all of its rows in one pass"
+        default=None, description="rows per data shard and pass; null = all of its rows in one pass"
     )
     accumulation: Positive | None = Field(
-        None, description="passes per step; null = derived from batch_size and microbatch_size"
+        default=None,
+        description="passes per step; null = derived from batch_size and microbatch_size",
     )
     eval_every: Annotated[Positive, FREE] | None = Field(
-        None, description="steps between evaluations; null = only at the end"
+        default=None, description="steps between evaluations; null = only at the end"
     )
     save_every: Annotated[Positive, FREE] | None = Field(
-        None, description="steps between checkpoints; null = ten a run"
+        default=None, description="steps between checkpoints; null = ten a run"
     )
-    log_every: Annotated[Positive, FREE] = Field(1, description="steps between lines of metrics")
+    log_every: Annotated[Positive, FREE] = Field(
+        default=1, description="steps between lines of metrics"
+    )
     sample_every: Annotated[Positive, FREE] | None = Field(
-        None, description="steps between lines of samples; null = with every evaluation"
+        default=None, description="steps between lines of samples; null = with every evaluation"
     )
-    keep_last: Annotated[Positive, FREE] = Field(2, description="newest checkpoints kept")
+    keep_last: Annotated[Positive, FREE] = Field(default=2, description="newest checkpoints kept")
     keep_best: Annotated[str, FREE] | None = Field(
-        None, description="an eval metric: the best checkpoint by it is kept too, and is the result"
+        default=None,
+        description="an eval metric: the best checkpoint by it is kept too, and is the result",
     )
     best_is: Annotated[Literal["max", "min"], FREE] = Field(
-        "max", description="whether a larger or a smaller keep_best is better"
+        default="max", description="whether a larger or a smaller keep_best is better"
     )
     ema_decay: OpenShare | None = Field(
-        None, description="keep a moving average of the weights with this decay per step"
+        default=None, description="keep a moving average of the weights with this decay per step"
     )
     max_nonfinite: Annotated[Positive, FREE] = Field(
-        3, description="stop after so many steps in a row whose loss or gradient is not finite"
+        default=3,
+        description="stop after so many steps in a row whose loss or gradient is not finite",
     )
 
     @pydantic.model_validator(mode="before")
