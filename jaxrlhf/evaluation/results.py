@@ -51,6 +51,8 @@ METRICS = {
     "gold": Metric("gold score", "", "higher"),
     "proxy": Metric("proxy score", "", "higher"),
     "objective": Metric("objective J = reward - coef x KL", "", "higher"),
+    "objective/optimum": Metric("largest possible J at this coefficient"),
+    "objective/share_of_gain": Metric("share of the possible gain", "", "higher", percent=True),
     "valence": Metric("valence", "", "higher"),
     "win_rate": Metric("win rate", "", "higher", percent=True),
     "kl": Metric("KL to the reference", "nats per completion"),

@@ -56,13 +56,13 @@ def number(value: float | None, digits: int = 3) -> str:
     return text.replace("-", "−")
 
 
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers within [low, high]."""
     if not high > low:
         return [low]
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [i * step for i in range(first, last + 1)]
@@ -124,8 +124,8 @@ def chart(
     *,
     x_label: str,
     y_label: str,
-    width: int = 380,
-    height: int = 250,
+    width: int = 340,
+    height: int = 215,
     root_x: bool = False,
     zero_x: bool = False,
     x_range: tuple[float, float] | None = None,
@@ -163,7 +163,8 @@ def chart(
         return height - bottom - (min(max(y, y0), y1) - y0) / (y1 - y0) * (height - top - bottom)
 
     label = description or f"{y_label} against {x_label}"
-    svg = h("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=label, cls="chart")
+    svg = h("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=label)
+    svg.set("class", "chart big" if width > 400 else "chart")
     floor = height - bottom
     for y in ticks(y0, y1):
         text = f"{100 * y:.0f} %" if percent_y else tick_text(y)
@@ -232,29 +233,28 @@ def whisker(
     title: str = "",
 ) -> Element:
     """One row of a forest plot: value with its interval on a scale shared by all rows."""
-    width, height = 260, 22
 
-    def px(x: float) -> float:
-        return 8 + (min(max(x, span[0]), span[1]) - span[0]) / (span[1] - span[0]) * (width - 16)
+    # In per cent, without a viewBox: the row may be of any width and the marks keep their size.
+    def px(x: float) -> str:
+        inside = (min(max(x, span[0]), span[1]) - span[0]) / (span[1] - span[0])
+        return f"{4 + 92 * inside:.2f}%"
 
-    svg = h("svg", viewBox=f"0 0 {width} {height}", role="img", aria_label=title, cls="forest")
-    svg.append(h("line", x1=8, x2=width - 8, y1=11, y2=11, cls="grid"))
+    svg = h("svg", role="img", aria_label=title, cls="forest")
+    svg.append(h("line", x1="0", x2="100%", y1=11, y2=11, cls="grid"))
     if reference is not None and math.isfinite(reference):
-        svg.append(
-            h("line", x1=_f(px(reference)), x2=_f(px(reference)), y1=0, y2=height, cls="guide")
-        )
+        svg.append(h("line", x1=px(reference), x2=px(reference), y1=0, y2=22, cls="guide"))
     if low is not None and high is not None and math.isfinite(low) and math.isfinite(high):
-        svg.append(
-            h("line", x1=_f(px(low)), x2=_f(px(high)), y1=11, y2=11, cls=f"whisker {colour}")
-        )
+        svg.append(h("line", x1=px(low), x2=px(high), y1=11, y2=11, cls=f"whisker {colour}"))
     if math.isfinite(value):
-        svg.append(MARKERS[marker](px(value), 11, f"mark {colour}"))
+        mark = MARKERS[marker](0, 0, f"mark {colour}")
+        svg.append(h("svg", mark, x=px(value), y=11, cls="at"))
     return svg
 
 
 def swatch(colour: str, marker: str = "", style: str = "", *, joined: bool = True) -> Element:
     """The sample of a line or point in a legend."""
-    svg = h("svg", viewBox="0 0 26 14", cls="swatch", aria_hidden="true")
+    kind = "swatch" if joined else "swatch point"
+    svg = h("svg", viewBox="0 0 26 14" if joined else "6 0 14 14", cls=kind, aria_hidden="true")
     if joined:
         svg.append(h("path", d="M1 7H25", cls=f"line {colour} {style}"))
     if marker:

@@ -14,7 +14,7 @@ SERIES = {
     "best_of_n": ("best of n from the base", "quiet", "dashed", "dot"),
     "optimum": ("the best any policy can do", "front", "", ""),
 }
-PLANES = ("gold", "proxy", "objective")
+PLANES = ("gold", "proxy")
 
 
 def reward_against_kl(runs: list[Run], models: list[Model]) -> list[Element]:
@@ -45,13 +45,11 @@ def reward_against_kl(runs: list[Run], models: list[Model]) -> list[Element]:
         if len(own) < 2 and not (own and others):
             continue
         info = metric_info(plane, models)
-        # A frontier that leaves the picture must not squash the models: the axes fit the models
-        # and best-of-n.
         panels.append(
             h(
                 "div",
                 chart(
-                    lines, x_label="KL to the reference, nats per completion (square-root scale)",
+                    lines, x_label="KL to the reference [nats per completion, root scale]",
                     y_label=info.title, width=460, height=330, root_x=True,
                     description=f"{info.title} against KL",
                 ),
@@ -94,9 +92,9 @@ def _curve(series: str, curve: list[CurvePoint], plane: str) -> Line:
 
 # Which curves are shown first; the others are folded away.
 ORDER = (
-    r"loss$", r"nats_per_token", r"perplexity", r"accurac", r"gold", r"valence", r"proxy",
+    r"^loss$", r"nats_per_token", r"perplexity", r"accurac", r"gold", r"valence", r"proxy",
     r"^reward", r"scores?/", r"objective", r"margins?", r"^kl|/kl", r"entropy", r"mean_length",
-    r"eos_rate", r"distinct", r"clip_ratio", r"value", r"",
+    r"eos_rate", r"distinct", r"clip_ratio", r"loss$", r"value", r"",
 )  # fmt: skip
 LAST = re.compile(r"learning_rate|^lr|grad_norm|tokens|epoch|memory|throughput")
 SHOWN = 6
@@ -114,7 +112,11 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
     for stage, group in stages.items():
         names = list(dict.fromkeys(name for run in group for name in run.curves))
         names.sort(key=_rank)
-        panels = [p for name in names if (p := _panel(name, stage, group, colours)) is not None]
+        drawn = [(n, p) for n in names if (p := _panel(n, stage, group, colours)) is not None]
+        first = [panel for name, panel in drawn if not LAST.search(name)][:SHOWN] or [
+            panel for _, panel in drawn
+        ][:SHOWN]
+        rest = [panel for _, panel in drawn if panel not in first]
         legend = [h("span", swatch(colours[r.name]), r.name) for r in group if len(group) > 1]
         splits = {s for run in group for line in run.curves.values() for s in line}
         if {"train", "eval"} <= splits:
@@ -122,11 +124,11 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
             legend.append(h("span", swatch(both, "", "fine"), "train"))
             legend.append(h("span", swatch(both, "dot"), "held out"))
         block = [h("h3", stage), h("div", legend, cls="legend") if legend else None]
-        block.append(h("div", panels[:SHOWN], cls="grid3"))
-        if rest := panels[SHOWN:]:
+        block.append(h("div", first, cls="grid3"))
+        if rest:
             word = f"{len(rest)} more curve{'s' * (len(rest) > 1)}"
             block.append(h("details", h("summary", word), h("div", rest, cls="grid3")))
-        if panels:
+        if first:
             elements.append(h("div", block, cls="stage"))
     return elements
 
@@ -165,5 +167,5 @@ def _panel(name: str, stage: str, group: list[Run], colours: dict[str, str]) -> 
     info = metric_info(name, [])
     unit = f" [{info.unit}]" if info.unit else ""
     title = (info.title if name == info.title or "/" not in name else name) + unit
-    picture = chart(lines, x_label=STEPS.get(stage, "step"), y_label=title, height=220)
+    picture = chart(lines, x_label=STEPS.get(stage, "step"), y_label=title)
     return h("div", picture, cls="card")

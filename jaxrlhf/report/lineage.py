@@ -58,6 +58,9 @@ def _pill(run: Run) -> Element:
 
 
 def _drawing(runs: list[Run]) -> Element:
+    # An evaluation at the end of a branch says nothing here that its model does not.
+    feeds = {p for run in runs for p in run.parents}
+    runs = [r for r in runs if r.stage != "eval" or r.name in feeds]
     depth: dict[str, int] = {}
     for run in runs:  # pipelines list parents before children
         depth[run.name] = max((depth[p] + 1 for p in run.parents if p in depth), default=0)

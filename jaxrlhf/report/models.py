@@ -77,7 +77,8 @@ def _with_alarms(model: Model, base: Model | None) -> Model:
 
 def run_colours(runs: list[Run], models: list[Model]) -> dict[str, str]:
     """{run name: colour}: a run whose model was judged has that model's colour everywhere."""
-    colours = {m.label: m.colour for m in models if m.colour != "base"}
+    colours = {m.label: m.colour for m in models}
+    colours |= {m.run.name: m.colour for m in models if m.run.curves}
     free = [f"c{i}" for i in range(COLOURS)]
     count = 0
     for run in runs:

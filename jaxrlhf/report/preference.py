@@ -9,7 +9,7 @@ from jaxrlhf.report.chart import Line, Point, chart, number, whisker
 from jaxrlhf.report.html import Element, h
 from jaxrlhf.report.models import Model, name_tag
 from jaxrlhf.report.read import Run
-from jaxrlhf.report.tables import show, show_interval
+from jaxrlhf.report.tables import metrics_of, show, show_interval
 
 FLOORS = ("accuracy", "accuracy/ceiling", "accuracy/bag_of_words", "accuracy/longer_wins")
 LENGTH = (
@@ -33,6 +33,11 @@ def reward_models(runs: list[Run], models: list[Model]) -> list[Element]:
             elements += [
                 h("h3", name_tag(model), cls="stage-name"),
                 h("div", cards, cls="grid2"),
+                h(
+                    "details",
+                    h("summary", f"All figures of {model.label}"),
+                    h("div", metrics_of([model], models), cls="card"),
+                ),
             ]
     if elements:
         note = (
@@ -96,7 +101,7 @@ def _floors(model: Model) -> Element:
             h(
                 "tr",
                 h("th", label, scope="row", cls="best pin" if own else "pin"),
-                h("td", picture),
+                h("td", picture, cls="wide"),
                 h("td", show(m[name], info), show_interval(intervals.get(name), info), cls="num"),
             )
         )
@@ -108,7 +113,7 @@ def _floors(model: Model) -> Element:
     ]
     return h(
         "div",
-        h("div", h("table", h("thead", head), h("tbody", rows), cls="runs"), cls="scroll"),
+        h("table", h("thead", head), h("tbody", rows), cls="runs"),
         h("h3", "Length bias", cls="stage-name") if lengths else None,
         h("table", h("tbody", lengths)) if lengths else None,
         cls="card",

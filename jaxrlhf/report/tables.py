@@ -40,15 +40,11 @@ def show_interval(interval: Interval | None, info: Metric, *, signed: bool = Fal
 
 def metrics_table(runs: list[Run], models: list[Model]) -> list[Element]:
     """Every metric of every model; the best of a row is bold where "better" has a direction."""
-    if not models:
-        return []
     policies = [m for m in models if m.judged_as_policy]
-    rest = [m for m in models if not m.judged_as_policy]
-    return [h("p", _LEGEND, cls="note")] + [
-        h("div", h("div", _table(part, models), cls="scroll"), cls="card tiles-after")
-        for part in (policies, rest)
-        if part
-    ]
+    if not policies:  # reward models have a section of their own
+        return []
+    table = h("div", h("div", metrics_of(policies, models), cls="scroll"), cls="card")
+    return [h("p", _LEGEND, cls="note"), table]
 
 
 _LEGEND = (
@@ -57,7 +53,8 @@ _LEGEND = (
 )
 
 
-def _table(shown: list[Model], models: list[Model]) -> Element:
+def metrics_of(shown: list[Model], models: list[Model]) -> Element:
+    """A table of every metric that `shown` have, one column a model."""
     names = list(dict.fromkeys(name for m in shown for name in m.result.metrics))
     rows: list[Element] = []
     placed: set[str] = set()

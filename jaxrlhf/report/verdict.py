@@ -6,7 +6,7 @@ import math
 from jaxrlhf.evaluation.goodhart import overoptimised
 from jaxrlhf.evaluation.results import Comparison, Interval, Metric
 from jaxrlhf.report.chart import number, whisker
-from jaxrlhf.report.html import Element, h
+from jaxrlhf.report.html import Child, Element, h
 from jaxrlhf.report.models import (
     Model,
     comparison,
@@ -18,7 +18,7 @@ from jaxrlhf.report.models import (
 from jaxrlhf.report.read import Run
 from jaxrlhf.report.tables import show, show_interval
 
-SHOWN_ALARMS = 6
+SHOWN_ALARMS = 4
 
 
 def headline(title: str, runs: list[Run], models: list[Model]) -> list[Element]:
@@ -68,6 +68,11 @@ def _policies(metric: str, models: list[Model]) -> list[Element]:
         if change.win_rate_interval:
             lead.append(f" ({_range_percent(change.win_rate_interval)}), ties counted half")
     lead.append(".")
+    share = best.result.metrics.get("objective/share_of_gain", math.nan)
+    if math.isfinite(share):
+        most = best.result.metrics.get("objective/optimum", math.nan)
+        lead.append(f" That is {100 * share:.0f} % of what any policy could gain at this")
+        lead.append(f" coefficient (J at most {number(most)}).")
     if metric == "proxy":
         lead.append(
             " This is the score that was optimised; without an independent (gold) score it says "
@@ -75,10 +80,9 @@ def _policies(metric: str, models: list[Model]) -> list[Element]:
         )
     elements = [h("h1", text), h("p", "".join(lead), cls="lead")]
     elements.append(_tiles(best, change, info, word, models))
-    notices = _alarms(models)
-    if notices:
-        elements.append(h("div", notices, cls="stack alarms"))
     elements.append(_forest(metric, info, models))
+    if notices := _alarms(models):
+        elements.append(h("div", notices, cls="alarms"))
     return elements
 
 
@@ -103,9 +107,11 @@ def _tiles(best: Model, change: Comparison, info: Metric, word: str, models: lis
     if reward is not None:
         accuracy = reward.result.metrics.get("accuracy", reward.result.calibration.accuracy)  # type: ignore[union-attr]
         tiles.append(_tile(f"{100 * accuracy:.1f} %", f"pair accuracy of {reward.label}"))
-    rung = sum(len(m.result.alarms) for m in models)
-    label = "alarms and warnings" if rung else "alarms: length, variety, entropy checked"
-    tiles.append(_tile(str(rung), label, "warn" if rung else "good"))
+    own = len(best.result.alarms)
+    others = sum(len(m.result.alarms) for m in models) - own
+    label = f"alarm{'' if own == 1 else 's'}, {best.label}"
+    label += f"; {others} for other models" if others else ""
+    tiles.append(_tile(str(own), label, "warn" if own else "good"))
     return h("div", tiles, cls="tiles")
 
 
@@ -128,29 +134,24 @@ def _alarms(models: list[Model]) -> list[Element]:
                 "intervals: past that point it pleases the reward model, not the user.",
             )
         )
-    for model in models:
-        found += [(a.severity, f"{model.label}: {a.message}.") for a in model.result.alarms]
-    found.sort(key=lambda x: x[0] != "alarm")
-    rows = [
-        h(
-            "div",
-            h("b", severity.capitalize()),
-            h("span", text),
-            cls=f"notice is-{_level(severity)}",
+    rows = [_notice(severity, text) for severity, text in found]
+    rung = [m for m in models if m.result.alarms]
+    rung.sort(key=lambda m: -sum(a.severity == "alarm" for a in m.result.alarms))
+    for model in rung:
+        alarms = model.result.alarms
+        worst = "alarm" if any(a.severity == "alarm" for a in alarms) else "warning"
+        rows.append(
+            _notice(worst, h("b", model.label), h("ul", [h("li", a.message) for a in alarms]))
         )
-        for severity, text in found
-    ]
     if len(rows) > SHOWN_ALARMS:
-        rest = rows[SHOWN_ALARMS:]
-        more = h("details", h("summary", f"{len(rest)} more"), rest)
+        more = h("details", h("summary", "more"), rows[SHOWN_ALARMS:])
         rows = [*rows[:SHOWN_ALARMS], more]
-    if rows:
-        return [h("div", rows)]
-    return []
+    return rows
 
 
-def _level(severity: str) -> str:
-    return "alarm" if severity == "alarm" else "warning"
+def _notice(severity: str, *children: Child) -> Element:
+    kind = "alarm" if severity == "alarm" else "warning"
+    return h("div", h("b", kind.capitalize()), h("div", list(children)), cls=f"notice is-{kind}")
 
 
 def _forest(metric: str, info: Metric, models: list[Model]) -> Element:
@@ -189,13 +190,14 @@ def _forest(metric: str, info: Metric, models: list[Model]) -> Element:
                         reference=reference,
                         title=f"{m.label}: {show(value, info)}",
                     ),
+                    cls="wide",
                 ),
-                h("td", show(value, info), show_interval(interval, info), cls="num"),
                 h(
                     "td",
                     _signed(change.delta, info) if change else "baseline" if m is base else "–",
                     show_interval(change.interval, info, signed=True) if change else None,
                     cls=f"num {tone or ''}".strip(),
+                    data_label="change",
                 ),
                 h(
                     "td",
@@ -206,7 +208,9 @@ def _forest(metric: str, info: Metric, models: list[Model]) -> Element:
                     if change and change.win_rate_interval
                     else None,
                     cls="num",
+                    data_label="win rate",
                 ),
+                h("td", show(value, info), show_interval(interval, info), cls="num value"),
             )
         )
     arrow = {"higher": ", higher is better", "lower": ", lower is better"}.get(info.better, "")
@@ -218,16 +222,18 @@ def _forest(metric: str, info: Metric, models: list[Model]) -> Element:
             h(
                 "tr",
                 h("th", "model", cls="pin"),
-                h("th", f"{info.title}{unit}{arrow}"),
-                h("th", "value", cls="num"),
+                h("th", ""),
                 h("th", "change", cls="num"),
                 h("th", "win rate", cls="num"),
+                h("th", "value", cls="num value"),
             ),
         ),
         h("tbody", body),
         cls="runs",
     )
-    return h("div", h("div", table, cls="scroll"), cls="card tiles-after")
+    title = f"{info.title}{unit}{arrow}"
+    level = f"bars: {100 * models[0].result.level:.0f} % intervals; dashed: the baseline"
+    return h("div", h("h3", title), h("p", level, cls="small"), table, cls="card tiles-after")
 
 
 def _reward_model(model: Model, models: list[Model]) -> list[Element]:

@@ -27,6 +27,7 @@ PROMPTS = [
     "Is the silver watch waterproof?",
     "The red scarf lost its colour after one wash, and I am quite unhappy about it.",
 ]
+ITEMS = ["kettle", "lamp", "backpack", "headphones", "chairs", "desk", "watch", "scarf"]
 REPLIES = {
     "sft": "Thank you for writing. Please send the item back.",
     "dpo": "I am sorry about that. We will send you a replacement for the item today.",
@@ -107,6 +108,8 @@ def evaluation(label: str, rng) -> EvalResult:
     mine = np.clip(base_gold + gold - base_gold.mean() + rng.normal(0, 0.25, 512), 0, 1)
     said = base_proxy + proxy - base_proxy.mean() + rng.normal(0, 0.5, 512)
     prompt = np.arange(512) // 4
+    if label == "sft":
+        mine, said = base_gold, base_proxy
     comparisons = () if label == "sft" else (
         compare("gold", "sft", base_gold, mine, clusters=prompt),
         compare("proxy", "sft", base_proxy, said, clusters=prompt),
@@ -118,14 +121,14 @@ def evaluation(label: str, rng) -> EvalResult:
     samples = tuple(
         Sample(
             p,
-            REPLIES[label].replace("item", p.split()[-2].strip(".?!,")),
+            REPLIES[label].replace("item", ITEMS[i]),
             {"gold": float(mine[4 * i]), "proxy": float(said[4 * i])},
             length,
             "stop",
         )
         for i, p in enumerate(PROMPTS)
     )
-    base = rng.normal(-0.05, 0.9, (32, 64))
+    base = rng.normal(-0.05, 0.9, (16, 600))
     return EvalResult(
         model=f"runs/world/{label}",
         label=label,
