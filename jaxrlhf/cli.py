@@ -166,6 +166,8 @@ def stage(
         print(to_yaml(config), end="")
         return 0
     prepare(config)
+    if command == "report" and not options.dry_run:
+        return report(config)
     from jaxrlhf.stages import run_stage
 
     extra: dict[str, Any] = {}
@@ -177,6 +179,18 @@ def stage(
         return 0
     result = run_stage(command, config, output=config.output_dir, **extra)
     return int(result.exit_code)
+
+
+def report(config: Any) -> int:
+    """Writes the page and says where it is."""
+    from pathlib import Path
+
+    from jaxrlhf.report import write_report
+
+    runs = [Path(run) for run in config.runs]
+    page = write_report(runs, Path(config.output) if config.output is not None else runs[0])
+    print(page)
+    return 0
 
 
 def flags(command: str, options: argparse.Namespace, operands: list[str]) -> dict[str, Any]:

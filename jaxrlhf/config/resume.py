@@ -58,7 +58,7 @@ def _identity(value: Any, shape: Shape) -> Any:
         return value
     if shape.resume == "content" and isinstance(value, str):
         return "given"
-    return value
+    return list(value) if isinstance(value, tuple) else value  # YAML knows lists only
 
 
 def settings(config: Section) -> dict[str, tuple[Any, Shape]]:

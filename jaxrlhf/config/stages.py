@@ -312,7 +312,6 @@ class ReportConfig(StageConfig):
     summary: ClassVar[str] = "one HTML page of plots, tables and samples"
     needs: ClassVar[dict[str, str]] = {"runs": "give run directories"}
     runs: Paths = Field(default_factory=list, description="run or pipeline directories")
-    title: str | None = Field(default=None, description="headline; null = told by the runs")
     output: PathName | None = Field(
         default=None, description="the file written; null = report.html in the (first) run"
     )
