@@ -40,6 +40,7 @@ def test_two_processes_train_and_save_like_one(tmp_path):
     assert [x[2] for x in a] == pytest.approx([x[2] for x in b], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_both_at_the_same_step_and_they_resume(tmp_path):
     got = run_in_processes(
         2, train, devices=2, folder=str(tmp_path), only=1, signal_at=[2], steps=200, save_every=100

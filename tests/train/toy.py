@@ -113,7 +113,7 @@ def run(
             )
 
         held_out = put_batch(batch(999), mesh)
-        score = jax.jit(lambda p: loss_fn(p, {}, held_out, None)[1])
+        score = jax.jit(lambda p, rows: loss_fn(p, {}, rows, None)[1])
         with MetricWriter(folder, start=start) as writer:
             outcome = train(
                 advance,
@@ -122,7 +122,7 @@ def run(
                 steps=steps,
                 writer=writer,
                 checkpoints=checkpoints,
-                evaluate=lambda state, step: score(state.params),
+                evaluate=lambda state, step: score(state.params, held_out),
                 eval_every=eval_every,
                 stop_after_nonfinite=stop_after_nonfinite,
                 save_every=save_every,
