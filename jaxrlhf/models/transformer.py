@@ -150,6 +150,14 @@ def _initializer(config, heads, num_outputs, param_dtype, key):
     return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
 
+def _unboxed(tree):
+    """The leaves without their axis names. (`nn.unbox` would also constrain them to the current
+    mesh, which shapes without arrays cannot be; where they live is the caller's to say.)"""
+    return jax.tree.map(
+        lambda box: box.value, tree, is_leaf=lambda x: isinstance(x, nn.Partitioned)
+    )
+
+
 def init_params(
     key: jax.Array,
     config: ModelConfig,
@@ -164,7 +172,7 @@ def init_params(
     Args:
         heads: which of "lm", "score" (num_outputs wide) and "value" to add. A tied "lm" adds none.
     """
-    return nn.unbox(_initializer(config, heads, num_outputs, param_dtype, key))
+    return _unboxed(_initializer(config, heads, num_outputs, param_dtype, key))
 
 
 def _abstract_boxed(config, heads, num_outputs, param_dtype):
@@ -182,7 +190,7 @@ def abstract_params(
     param_dtype: str = "float32",
 ) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
-    return nn.unbox(_abstract_boxed(config, heads, num_outputs, param_dtype))
+    return _unboxed(_abstract_boxed(config, heads, num_outputs, param_dtype))
 
 
 def logical_axes(

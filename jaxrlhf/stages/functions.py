@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reward functions: any Python callable named in a configuration, called as TRL calls them.
+
+    def reward(prompts: list[str], completions: list[str], **columns: list) -> list[float]
+
+`columns` holds the other columns of the prompt's row, one list a column. What comes back is checked
+value by value: a reward that is missing or not finite stops the run and names its sample, since a
+silent 0 would be learnt from.
+"""
+
+import importlib
+import importlib.util
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxrlhf.errors import ConfigError, JaxrlhfError
+
+RewardFunction = Callable[..., Sequence[float]]
+
+
+def load_function(source: str) -> RewardFunction:
+    """The callable of `package.module:function` or `path/to/file.py:function`.
+
+    Raises:
+        ConfigError: no such module, file or function, or it cannot be called.
+    """
+    place, _, name = source.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            path = Path(place).expanduser().resolve()
+            if not path.is_file():
+                raise ConfigError(f"reward {source}: there is no file {path}")
+            module_name = f"jaxrlhf_reward_{path.stem}"
+            spec = importlib.util.spec_from_file_location(module_name, path)
+            assert spec is not None
+            assert spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+    except ImportError as error:
+        raise ConfigError(f"reward {source}: {place} cannot be imported: {error}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        found = [n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])]
+        raise ConfigError(
+            f"reward {source}: {place} has no function {name!r}; it has {', '.join(found[:12])}"
+        )
+    return function
+
+
+def call_reward(
+    function: RewardFunction,
+    label: str,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    columns: Mapping[str, Sequence],
+) -> np.ndarray:
+    """Rewards of completions, float32 [B]: exactly one finite number each.
+
+    Raises:
+        JaxrlhfError: the function raised, or returned something else; names function and sample.
+    """
+    try:
+        values = list(function(prompts=list(prompts), completions=list(completions), **columns))
+    except Exception as error:
+        raise JaxrlhfError(
+            f"reward function {label} raised {type(error).__name__}: {error}"
+        ) from error
+    if len(values) != len(completions):
+        raise JaxrlhfError(
+            f"reward function {label} returned {len(values)} values for {len(completions)} "
+            "completions; it must return one float for each"
+        )
+    for i, value in enumerate(values):
+        try:
+            fine = value is not None and math.isfinite(float(value))
+        except (TypeError, ValueError):
+            fine = False
+        if not fine:
+            raise JaxrlhfError(
+                f"reward function {label} returned {value!r} for sample {i}: a finite number is "
+                f"needed. Prompt {prompts[i][:80]!r}, completion {completions[i][:80]!r}"
+            )
+    return np.asarray(values, np.float32)

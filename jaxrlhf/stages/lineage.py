@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a stage was made from, by content: a moved folder is the same input, an edited file is not.
+
+A stage's identity is the digest of its settings and of the content of everything they name. A
+pipeline skips a finished stage whose identity is unchanged; a resumed run refuses inputs that are
+no longer those it began with.
+"""
+
+import functools
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from jaxrlhf.config import resume
+from jaxrlhf.config.base import Section
+from jaxrlhf.config.load import dotted
+from jaxrlhf.config.reward import is_function
+from jaxrlhf.config.schema import walk
+from jaxrlhf.data.tokenizer import is_path
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.stages.rundir import read_summary
+
+# Of a folder's files, those that say when and where something ran, not what came of it.
+RECORDS = ("summary.json", "environment.json", "config.yaml", "run.lock", "lineage.json")
+
+
+@functools.lru_cache(maxsize=4096)
+def _file_digest(path: str, size: int, changed_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file; read again only if its size or time changed."""
+    stat = path.stat()
+    return _file_digest(str(path), stat.st_size, stat.st_mtime_ns)
+
+
+def files_digest(folder: Path, names: list[str] | None = None) -> str:
+    """SHA-256 over the names and contents of a folder's files (or of those named)."""
+    total = hashlib.sha256()
+    paths = (
+        [folder / name for name in names]
+        if names is not None
+        else [p for p in folder.rglob("*") if p.is_file() and p.name not in RECORDS]
+    )
+    for path in sorted(paths):
+        total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\0".encode())
+    return total.hexdigest()
+
+
+def content_of(place: str) -> str:
+    """The content digest of a model or source: a run's own, else of its files, else its name."""
+    if not is_path(place):
+        return f"name:{place}"  # a hub name or tfds:NAME; its revision is not ours to know
+    path = Path(place).expanduser()
+    if path.is_file():
+        return file_digest(path)
+    if not path.is_dir():
+        return "missing"
+    summary = read_summary(path)
+    if summary is not None and "content" in summary:
+        return str(summary["content"])
+    return files_digest(path)
+
+
+def contents(config: Section) -> dict[str, str]:
+    """{dotted key: content digest} of every model and source a configuration names."""
+    found = {}
+    for path, value, shape in walk(config):
+        if not isinstance(value, str) or shape.where not in ("model", "source", "reward"):
+            continue
+        if shape.where == "reward" and is_function(value):
+            continue  # its code is part of the settings' digest
+        found[dotted(path)] = content_of(value)
+    return found
+
+
+def identity(stage: str, config: Section) -> str:
+    """The digest by which a finished stage is recognised."""
+    parts = {"settings": resume.digest(stage, config), "contents": contents(config)}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def record(run: Path, config: Section) -> None:
+    """Writes down what the inputs of a run are, for `check_inputs`."""
+    path = run / "lineage.json"
+    partial = path.with_name("lineage.json.partial")
+    partial.write_text(json.dumps(contents(config), indent=1), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def check_inputs(run: Path, config: Section) -> None:
+    """Refuses to go on with inputs whose content is no longer what the run began with."""
+    try:
+        before = json.loads((run / "lineage.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return
+    now = contents(config)
+    if changed := [key for key in before if key in now and before[key] != now[key]]:
+        raise ConfigError(
+            f"{run} cannot be resumed: the content of {', '.join(changed)} changed since it began. "
+            "Restore it, or start anew in another folder (--output DIR)"
+        )

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run directory: what it was told, where it ran, what came of it.
+
+    config.yaml       the resolved configuration
+    environment.json  versions, devices, command
+    summary.json      how it ended; exit code 0 only if everything planned was done
+"""
+
+import contextlib
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxrlhf import environment
+from jaxrlhf.config.load import save
+from jaxrlhf.config.stages import StageConfig
+from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.parallel.distributed import is_primary
+from jaxrlhf.train.lock import run_lock
+
+def default_directory(command: str) -> Path:
+    """runs/<stage>-<time>, where nobody said where."""
+    return Path("runs") / f"{command.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+@contextlib.contextmanager
+def run_directory(path: Path, config: StageConfig) -> Iterator[Path]:
+    """Holds the directory of a run, with its configuration and environment written down.
+
+    Raises:
+        JaxrlhfError: it cannot be written, or another run is at work in it.
+    """
+    if not is_primary():
+        yield path
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise JaxrlhfError(f"output_dir {path} cannot be made: {error.strerror}") from error
+    with run_lock(path):
+        try:
+            save(config, path / "config.yaml")
+            write_json(path / "environment.json", environment.describe())
+        except OSError as error:
+            raise JaxrlhfError(
+                f"output_dir {path} cannot be written: {error.strerror}; give another --output"
+            ) from error
+        yield path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A JSON file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def read_summary(run: Path) -> dict[str, Any] | None:
+    """summary.json of a run, or None where it is not there or was cut short."""
+    try:
+        found = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this process has held so far: of the device where it says, else of the host."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return int(stats.get("peak_bytes_in_use", host))

@@ -1,0 +1,381 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one runner of every stage that trains: recipe in, run directory out."""
+
+import dataclasses
+import inspect
+import shutil
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxrlhf.config.load import load
+from jaxrlhf.config.optim import OptimSection
+from jaxrlhf.config.resume import check_resume
+from jaxrlhf.config.stages import TrainingConfig
+from jaxrlhf.errors import CheckpointError, ConfigError
+from jaxrlhf.models.transformer import count_params
+from jaxrlhf.models.weights import load_hf, save_hf
+from jaxrlhf.parallel import distributed
+from jaxrlhf.parallel.mesh import make_mesh, row_shards
+from jaxrlhf.parallel.rules import put_batch, use_mesh
+from jaxrlhf.stages import lineage
+from jaxrlhf.stages.card import model_card
+from jaxrlhf.stages.recipe import Advance, Recipe
+from jaxrlhf.stages.rundir import peak_memory_bytes, read_summary, run_directory, write_json
+from jaxrlhf.train.checkpoint import Checkpoints
+from jaxrlhf.train.digest import content_digest
+from jaxrlhf.train.loop import train
+from jaxrlhf.train.metrics import MetricWriter
+from jaxrlhf.train.optim import OPTIMIZERS, make_optimizer
+from jaxrlhf.train.state import TrainState, place_state
+from jaxrlhf.train.step import TrainStep, jit_train_step, make_train_step
+from jaxrlhf.types import Params
+
+Build = Callable[[Any, Mesh, jax.Array], Recipe]
+
+
+@dataclasses.dataclass(frozen=True)
+class StageResult:
+    """How a stage ended: its directory, exit code (0 = everything planned was done), figures."""
+
+    path: Path
+    exit_code: int
+    metrics: dict[str, float]
+    message: str = ""
+
+
+def stage_key(seed: int, stage: str) -> jax.Array:
+    """The key from which everything random in a stage is folded."""
+    return jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
+
+
+def offline(
+    batch_at: Callable[[int], Any], frozen: Params, key: jax.Array, mesh: Mesh
+) -> Callable[[TrainStep], Advance]:
+    """A unit of the loop where batches come from a data set: one optimizer step on batch `step`."""
+
+    def make(train_step: TrainStep) -> Advance:
+        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+            batch = put_batch(batch_at(step), mesh)
+            state, metrics = train_step(state, frozen, batch, jax.random.fold_in(key, step))
+            return state, dict(metrics)
+
+        return advance
+
+    return make
+
+
+def optimizer_settings(section: OptimSection) -> dict[str, Any]:
+    """The settings of the section that its optimizer takes."""
+    known = inspect.signature(OPTIMIZERS[section.name]).parameters
+    return {name: value for name, value in section.model_dump().items() if name in known}
+
+
+def check_optimizer(section: OptimSection) -> list[str]:
+    """Settings given for another optimizer than the one chosen: nobody would read them."""
+    common = set(inspect.signature(make_optimizer).parameters)
+    known = set(inspect.signature(OPTIMIZERS[section.name]).parameters) | common
+    return [
+        f"optim.{name}: {section.name} has no such setting; leave it out"
+        for name in sorted(section.model_fields_set - known)
+    ]
+
+
+def run_training(
+    command: str,
+    config: TrainingConfig,
+    build: Build,
+    output: Path,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    dry_run: bool = False,
+    stop_requested: Callable[[], bool] | None = None,
+) -> StageResult:
+    """Runs one training stage to its end, from wherever it stands.
+
+    Args:
+        build: makes the recipe: (config, mesh, key) -> Recipe.
+        output: the run directory.
+        resume: "auto" (the newest good checkpoint there, if any), "never", or another run to
+            continue from.
+        allow_change: settings that may differ from those the run began with.
+        dry_run: stop before anything is computed or written.
+    """
+    distributed.initialize()
+    mesh = make_mesh(**config.mesh.model_dump())
+    key = stage_key(config.seed, command)
+    with use_mesh(mesh):
+        if dry_run:
+            recipe = build(config, mesh, key)
+            _describe(command, config, recipe, mesh)
+            return StageResult(output, 0, {}, "dry run: nothing was computed")
+        if resume == "auto":
+            _check_resumable(command, config, output, allow_change)
+        with run_directory(output, config):
+            lineage.record(output, config)
+            recipe = build(config, mesh, key)
+            _describe(command, config, recipe, mesh)
+            return _run(command, config, recipe, mesh, output, resume, stop_requested)
+
+
+def _check_resumable(
+    command: str, config: TrainingConfig, output: Path, allow: Sequence[str]
+) -> None:
+    """Refuses to continue a run under other settings or with other inputs."""
+    saved = output / "config.yaml"
+    if Checkpoints(output).steps() and saved.is_file():
+        check_resume(load(command, [saved]), config, allow, output)
+        lineage.check_inputs(output, config)
+
+
+def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) -> None:
+    """What is about to happen, in numbers."""
+    if not distributed.is_primary():
+        return
+    plan = config.train.batch_plan(row_shards(mesh))
+    parameters = count_params(recipe.params)
+    weights = jnp.dtype(config.model.param_dtype).itemsize
+    first = jnp.dtype(config.optim.moment_dtype).itemsize
+    state = parameters * (weights + (first + 4 if config.optim.name == "adamw" else 0) + 4)
+    shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    lines = [
+        *recipe.notes,
+        f"{plan}; {recipe.steps} steps"
+        + (f" of {recipe.updates} optimizer steps" if recipe.updates > 1 else ""),
+        f"{parameters:,} parameters train; weights, optimizer and gradients "
+        f"{state / 1e6:,.1f} MB in all; mesh: {shape or 'one device'}",
+    ]
+    for line in lines:
+        print(f"{command}: {line}", flush=True)
+
+
+def _run(
+    command: str,
+    config: TrainingConfig,
+    recipe: Recipe,
+    mesh: Mesh,
+    output: Path,
+    resume: str,
+    stop_requested: Callable[[], bool] | None,
+) -> StageResult:
+    began = time.perf_counter()
+    updates = recipe.steps * recipe.updates
+    tx, schedule = make_optimizer(
+        config.optim.name,
+        config.optim.learning_rate,
+        schedule=config.optim.schedule,
+        warmup=config.optim.warmup,
+        steps=updates,
+        final_ratio=config.optim.final_ratio,
+        weight_decay=config.optim.weight_decay,
+        clip_norm=config.optim.clip_norm,
+        **optimizer_settings(config.optim),
+    )
+    accumulation = _accumulation(config, recipe, mesh)
+    ema = config.train.ema_decay
+    state, where, replicated = place_state(
+        recipe.params, tx, mesh, recipe.axes, ema=ema is not None
+    )
+    for line in replicated:
+        print(f"{command}: replicated, its axis does not divide it: {line}", flush=True)
+    recipe.params = None  # the state owns them now
+
+    meta = {
+        "stage": command,
+        "kind": recipe.kind,
+        "model": recipe.architecture.to_dict(),
+        "exported": list(recipe.exported),
+        "hf_config": recipe.hf_config,
+        "parents": recipe.parents,
+    }
+    checkpoints = Checkpoints(
+        output,
+        meta=meta,
+        keep_last=config.train.keep_last,
+        best=config.train.keep_best,
+        best_mode=config.train.best_is,
+    )
+    state, start = _restore(command, state, where, checkpoints, output, resume)
+    if distributed.is_primary():
+        recipe.tokenizer.save_pretrained(output / "tokenizer")
+
+    train_step = jit_train_step(
+        make_train_step(
+            recipe.loss_fn,
+            tx,
+            accum=accumulation,
+            prepare=recipe.prepare,
+            ema_decay=ema,
+            schedule=schedule,
+        ),
+        where,
+        mesh,
+    )
+
+    def weights_of(state: TrainState) -> Params:
+        """What is evaluated and exported: the average of the weights where one is kept."""
+        if ema is None:
+            return state.params
+        return jax.tree.map(lambda e, p: e.astype(p.dtype), state.extra["ema"], state.params)
+
+    evaluate, sample = recipe.evaluate, recipe.sample
+    every = config.train.eval_every or recipe.steps
+    with MetricWriter(
+        output,
+        track=config.track,
+        start=start,
+        name=output.name,
+        config=config.model_dump(mode="json"),
+    ) as writer:
+        outcome = train(
+            recipe.advance(train_step),
+            state,
+            start=start,
+            steps=recipe.steps,
+            writer=writer,
+            checkpoints=checkpoints,
+            evaluate=None
+            if evaluate is None
+            else lambda state, done: evaluate(weights_of(state), done),
+            eval_every=every,
+            save_every=config.train.save_every or max(1, -(-recipe.steps // 10)),
+            sample=None if sample is None else lambda state, done: sample(weights_of(state), done),
+            sample_every=config.train.sample_every,
+            stop_requested=stop_requested,
+            stop_after_nonfinite=config.train.max_nonfinite,
+            name=command,
+            show=recipe.show,
+        )
+    return _finish(command, config, recipe, checkpoints, outcome, weights_of, output, began)
+
+
+def _accumulation(config: TrainingConfig, recipe: Recipe, mesh: Mesh) -> int:
+    """Passes per optimizer step: those of the plan, for the rows that one step really has."""
+    plan = config.train.batch_plan(row_shards(mesh))
+    return max(1, -(-recipe.rows // (plan.microbatch_size * plan.shards)))
+
+
+def _restore(
+    command: str,
+    state: TrainState,
+    where: TrainState,
+    checkpoints: Checkpoints,
+    output: Path,
+    resume: str,
+) -> tuple[TrainState, int]:
+    """The state to start from: fresh, or a checkpoint's."""
+    if resume == "never":
+        return state, 0
+    source = checkpoints if resume == "auto" else Checkpoints(resume)
+    step = source.latest()
+    if step is None:
+        if resume != "auto":
+            raise CheckpointError(f"--resume {resume}: no good checkpoint there")
+        return state, 0
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
+    )
+    del state
+    restored, step = source.restore(abstract, step)
+    print(f"{command}: resuming at step {step} from {source.folder}", flush=True)
+    return restored, step
+
+
+def _finish(
+    command: str,
+    config: TrainingConfig,
+    recipe: Recipe,
+    checkpoints: Checkpoints,
+    outcome: Any,
+    weights_of: Callable[[TrainState], Params],
+    output: Path,
+    began: float,
+) -> StageResult:
+    """Export and summary."""
+    content = None
+    if outcome.exit_code == 0:
+        params = weights_of(outcome.state)
+        best = checkpoints.best() if config.train.keep_best else None
+        if best is not None and best != outcome.step:
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                outcome.state,
+            )
+            params = weights_of(checkpoints.restore(abstract, best)[0])
+            print(f"{command}: the best checkpoint, step {best}, is the result", flush=True)
+        for name in recipe.exported:
+            params = params[name]
+        content = content_digest({k: v for k, v in params.items() if k != "value"})
+        export(output / "export", params, recipe, command, config, outcome.metrics)
+    earlier = read_summary(output) or {}
+    seconds = time.perf_counter() - began
+    if distributed.is_primary():
+        summary = {
+            "stage": command,
+            "steps_done": outcome.step,
+            "steps_planned": recipe.steps,
+            "exit_reason": outcome.reason,
+            "metrics": {k: v for k, v in outcome.metrics.items() if v == v},
+            "content": content,
+            "parents": recipe.parents,
+            "tokens": outcome.metrics.get("tokens_seen"),
+            "wall_seconds": round(seconds + earlier.get("wall_seconds", 0.0), 3),
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+        write_json(output / "summary.json", {k: v for k, v in summary.items() if v is not None})
+    distributed.barrier("summary")
+    return StageResult(output, outcome.exit_code, outcome.metrics, outcome.message)
+
+
+def export(
+    folder: Path,
+    params: Params,
+    recipe: Recipe,
+    command: str,
+    config: TrainingConfig,
+    metrics: dict[str, float],
+) -> None:
+    """Writes the HF folder and reads it back: the same bits, or an error."""
+    partial = folder.with_name(folder.name + ".partial")
+    if distributed.is_primary():
+        shutil.rmtree(partial, ignore_errors=True)
+    distributed.barrier("export begins")
+    save_hf(
+        partial,
+        params,
+        recipe.architecture,
+        kind=recipe.kind,
+        pad_token_id=recipe.pad_token_id,
+        hf_config=recipe.hf_config,
+        model_card=model_card(command, config, recipe, metrics),
+    )
+    if distributed.is_primary():
+        recipe.tokenizer.save_pretrained(partial)
+        if jax.process_count() == 1:
+            kept = {k: params[k] for k in params if k not in ("value", _other_head(recipe.kind))}
+            back = load_hf(partial, kind=recipe.kind)
+            if content_digest(back.params) != content_digest(kept):
+                raise CheckpointError(f"{folder}: the exported weights differ when read back")
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    distributed.barrier("export ends")
+
+
+def _other_head(kind: str) -> str:
+    return "score" if kind == "lm" else "lm_head"
+
+
+def check_fits(name: str, model_digest: str, other: str, other_digest: str) -> None:
+    """Two models that read the same token ids must share one tokenizer."""
+    if model_digest != other_digest:
+        raise ConfigError(
+            f"{name} and {other} have different tokenizers, but token ids go from one to the "
+            "other; use models of one family, or score text with a reward function"
+        )
