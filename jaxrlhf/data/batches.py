@@ -46,7 +46,9 @@ def bucket(length: int, *, smallest: int = 32, largest: int | None = None) -> in
         if size < 4 * smallest:
             size += smallest
         else:  # 2^k -> 1.5 * 2^k -> 2^(k + 1)
-            size = size * 3 // 2 if (size // smallest) & (size // smallest - 1) == 0 else size * 4 // 3
+            size = (
+                size * 3 // 2 if (size // smallest) & (size // smallest - 1) == 0 else size * 4 // 3
+            )
     return size if largest is None else min(size, largest)
 
 
@@ -227,9 +229,7 @@ def split_by_fraction(rows: S, fraction: float, *, seed: int = 0) -> tuple[S, S]
     # as many whole groups as come nearest to the wanted number of rows
     wanted = fraction * len(rows)
     n = bisect.bisect_left(filled, wanted)
-    if n < len(filled) and (
-        n == 0 or filled[n] - wanted < wanted - filled[n - 1]
-    ):
+    if n < len(filled) and (n == 0 or filled[n] - wanted < wanted - filled[n - 1]):
         n += 1
     n = min(max(n, 1), len(names) - 1)
     held = np.isin(group_of, order[:n])

@@ -2,8 +2,8 @@
 """Examples to token rows, each with the mask of what is trained.
 
 A row is [BOS] + prompt ids + completion ids + [EOS]: BOS as the tokenizer adds it, exactly once;
-EOS exactly once, trained. Prompt and completion are encoded apart and laid end to end, so the ids of
-a prompt are the same here, when it is scored, and when it is sampled from. Rows are kept in flat
+EOS exactly once, trained. Prompt and completion are encoded apart and laid end to end, so the ids
+of a prompt are the same here, when it is scored, and when it is sampled from. Rows are kept in flat
 arrays: everything is tokenized once, before the first step.
 """
 
@@ -334,9 +334,7 @@ class _Encoder:
     def template(self, default: str | None) -> Callable[[], Template]:
         """Chosen when the first chat asks for it: plain text needs none."""
         return functools.cache(
-            lambda: templates.choose_template(
-                self.tokenizer, self.template_name, default=default
-            )
+            lambda: templates.choose_template(self.tokenizer, self.template_name, default=default)
         )
 
     def drop(self, reason: str, origin: object) -> None:
@@ -368,22 +366,22 @@ class _Encoder:
                 mask += [trained] * len(piece)
             if ids[: len(prefix)] != prefix:
                 ids, mask = prefix + ids, [False] * len(prefix) + mask
-            if row.eos and self.append_eos:
+            trained = [text for text, flag in row.pieces if flag]
+            wanted = row.eos and self.append_eos and bool(trained)
+            if wanted and not self.kit.ends_in_control(trained[-1]):
                 self._end(ids, mask)
             found.append((ids, mask))
         return found
 
     def _end(self, ids: list[int], mask: list[bool]) -> None:
-        """EOS after the last trained token, unless that is a stop token already."""
-        last = next((i for i in range(len(mask) - 1, -1, -1) if mask[i]), None)
-        if last is None or (ids[last] in self.kit.control_ids and last >= len(self.kit.prefix)):
-            return
+        """EOS, trained, after the last trained token (at the end, if the completion is empty)."""
         assert self.kit.eos_id is not None
-        if last == len(ids) - 1 or ids[last + 1] != self.kit.eos_id:
-            ids.insert(last + 1, self.kit.eos_id)
-            mask.insert(last + 1, True)
+        end = next((i + 1 for i in range(len(mask) - 1, -1, -1) if mask[i]), len(mask))
+        if end < len(ids) and ids[end] == self.kit.eos_id:  # the template wrote it, untrained
+            mask[end] = True
         else:
-            mask[last + 1] = True
+            ids.insert(end, self.kit.eos_id)
+            mask.insert(end, True)
 
     def fit(self, ids: list[int], mask: list[bool], origin: object) -> tuple[list, list]:
         """The row within max_length, by the truncation policy."""
@@ -439,7 +437,11 @@ def _group(example: Example, fallback: Turn = "") -> int:
     key = example.group
     if key is None:
         turn = example.prompt if not _blank(example.prompt) else fallback
-        key = turn if isinstance(turn, str) else "\0".join(f"{m['role']}:{m['content']}" for m in turn)
+        key = (
+            turn
+            if isinstance(turn, str)
+            else "\0".join(f"{m['role']}:{m['content']}" for m in turn)
+        )
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
 
 
@@ -575,8 +577,9 @@ def encode_pairs(
 ) -> PairSet:
     """Pairs for reward models and preference losses; rankings and ratings become pairs.
 
-    Both rows of a pair are truncated alike; a pair whose rows are (or have become) identical is
-    dropped and counted, so that no pair is a silent ln 2.
+    Each row is truncated by itself. A pair whose rows are (or have become) identical is dropped and
+    counted, so that no pair is a silent ln 2. One empty completion of two is kept: its EOS is what
+    is judged.
 
     Args:
         ranking: which pairs of a ranking: all | adjacent | best-worst.
@@ -646,8 +649,8 @@ def encode_pairs(
             group = _group(example, "")
             if example.group is None and _blank(example.prompt):
                 group = _group(example, example.chosen)
-            key = tuple(zlib.crc32(np.asarray(r[0], np.int32).tobytes()) for r in (better, worse))
-            seen[(group, *key)] += 1
+            a_key, b_key = (zlib.crc32(np.asarray(r[0], "<i4").tobytes()) for r in (better, worse))
+            seen[(group, a_key, b_key)] += 1
             for side, row in zip(sides, (better, worse), strict=True):
                 side.add(*row, group, example.origin)
             margins.append(example.margin or 0.0)
@@ -665,9 +668,7 @@ def encode_pairs(
         )
     first = sides[0].rowset(encoder, tokenizer)
     second = sides[1].rowset(encoder, tokenizer)
-    counts = dataclasses.replace(
-        _count([*first, *second], number=len(first)), **encoder.summary()
-    )
+    counts = dataclasses.replace(_count([*first, *second], number=len(first)), **encoder.summary())
     ref = None
     if all(r is not None for r in references):
         ref = np.asarray(references, np.float32)
@@ -675,9 +676,7 @@ def encode_pairs(
     digest.update(np.asarray(margins, np.float32).tobytes())
     if ref is not None:
         digest.update(ref.tobytes())
-    return PairSet(
-        first, second, np.asarray(margins, np.float32), ref, counts, digest.hexdigest()
-    )
+    return PairSet(first, second, np.asarray(margins, np.float32), ref, counts, digest.hexdigest())
 
 
 def _paired(part: formats.Examples, ranking: str, encoder: _Encoder) -> Iterator[Example]:
@@ -710,9 +709,9 @@ def encode_prompts(
 ) -> PromptSet:
     """Prompts to sample from: of any format that has a prompt; of chats, all before the last reply.
 
-    An empty prompt is the bare BOS (refused where the tokenizer has none). `columns` keeps the other
-    columns of the row for reward functions. Arguments as in `encode_lm`; max_length counts the
-    prompt's tokens alone.
+    An empty prompt is the bare BOS (dropped where the tokenizer has none). `columns` keeps the
+    other columns of the row for reward functions. Arguments as in `encode_lm`; max_length counts
+    the prompt's tokens alone.
     """
     truncation = _check_truncation(
         truncation, max_length, ("error", "drop", "truncate-left", "truncate-right")
@@ -802,9 +801,7 @@ def encode_prompt(
     turn: Turn, tokenizer: "PreTrainedTokenizerBase", *, template: str | None = None
 ) -> list[int]:
     """Ids of one prompt (text or messages), BOS included: what `generate` and `chat` start from."""
-    pieces = prompt_pieces(
-        turn, lambda: templates.choose_template(tokenizer, template), tokenizer
-    )
+    pieces = prompt_pieces(turn, lambda: templates.choose_template(tokenizer, template), tokenizer)
     encoder = _Encoder(
         tokenizer,
         template=template,
@@ -824,14 +821,11 @@ def _refuse(error: DataError, example: Example, encoder: _Encoder, on_bad_row: s
     message = str(error)
     if str(example.origin) not in message:
         message = f"{example.origin}: {message}"
-    if on_bad_row == "error" or not _about_row(error):
+    if on_bad_row == "error" or not isinstance(error, sources.RowError):
         raise type(error)(message) from error
-    encoder.drop("bad row", message)
-
-
-def _about_row(error: DataError) -> bool:
-    """Whether another row might do better: settings that suit no row are always errors."""
-    return not any(s in str(error) for s in ("data.template", "no demonstrations", "valid Jinja"))
+    encoder.dropped["bad rows"] += 1
+    if len(encoder.examples) < sources.SHOWN:
+        encoder.examples.append(message)
 
 
 def _bad(encoder: _Encoder, part: formats.Examples) -> None:
@@ -912,9 +906,7 @@ def _count(rows: Sequence[Row], *, number: int | None = None) -> Counts:
         rows=len(rows) if number is None else number,
         tokens=int(lengths.sum()),
         trained_tokens=int(sum(int(row.completion_mask.sum()) for row in rows)),
-        lengths={
-            name: int(np.percentile(lengths, p, method="higher")) for name, p in at.items()
-        }
+        lengths={name: int(np.percentile(lengths, p, method="higher")) for name, p in at.items()}
         if len(rows)
         else {},
     )

@@ -211,7 +211,7 @@ def text(row: Row, origin: Origin) -> Example:
 
 def messages(row: Row, origin: Origin) -> Example:
     """`messages`: a chat; the assistant's turns are trained."""
-    column = next(c for c in ("messages", "conversations", "conversation") if c in row)
+    column = next(c for c in ("messages", "conversations") if c in row)
     chat = messages_of(row[column], column, origin)
     if isinstance(row.get("system"), str) and row["system"] and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": row["system"]})
@@ -274,9 +274,8 @@ def preference(row: Row, origin: Origin) -> Example:
             rejected = _turn(row, "rejected", origin, role="assistant")
         elif isinstance(turn, str) and not isinstance(chosen, str):
             return _implicit(row, origin)
-        elif not isinstance(turn, str) and not isinstance(chosen, str):
-            if chosen[: len(turn)] == turn and rejected[: len(turn)] == turn:
-                chosen, rejected = chosen[len(turn) :], rejected[len(turn) :]
+        elif chosen[: len(turn)] == turn == rejected[: len(turn)] and not isinstance(turn, str):
+            chosen, rejected = chosen[len(turn) :], rejected[len(turn) :]
         return _preference(row, origin, turn, chosen, rejected)
     return _implicit(row, origin)
 
@@ -316,7 +315,9 @@ def unpaired(row: Row, origin: Origin) -> Example:
     else:
         chat = messages_of(row["messages"], "messages", origin)
         if chat[-1]["role"] != "assistant":
-            raise RowError(f"{origin}: the last message must be the assistant's: it is what is rated")
+            raise RowError(
+                f"{origin}: the last message must be the assistant's: it is what is rated"
+            )
         turn, reply = chat[:-1], chat[-1:]
     label = _bool(row["label"], "label", origin)
     return Example("unpaired", origin, turn, reply, labels=(label,), tools=_tools(row, origin))
@@ -348,7 +349,9 @@ def ranked(row: Row, origin: Origin) -> Example:
     numbers = tuple(
         _number({column: n}, column, origin) for n in _list(row, column, origin, len(replies))
     )
-    return Example("ranked", origin, turn, completions=replies, **{column: numbers})
+    if column == "ranks":
+        return Example("ranked", origin, turn, completions=replies, ranks=numbers)
+    return Example("ranked", origin, turn, completions=replies, ratings=numbers)
 
 
 def tokenized(row: Row, origin: Origin) -> Example:
@@ -426,9 +429,7 @@ def ultrafeedback(row: Row, origin: Origin) -> Example:
     if len(replies) < 2:
         raise RowError(f"{origin}: 'completions' has {len(replies)} entries; ranking needs two")
     turn: Turn = [{"role": "user", "content": _text(row, "instruction", origin)}]
-    return Example(
-        "ranked", origin, turn, completions=tuple(replies), ratings=tuple(ratings)
-    )
+    return Example("ranked", origin, turn, completions=tuple(replies), ratings=tuple(ratings))
 
 
 def tldr_comparison(row: Row, origin: Origin) -> Example:
@@ -490,7 +491,8 @@ def pandalm(row: Row, origin: Origin) -> Example:
     best, size = count.most_common(1)[0]
     winner = best if 2 * size > len(votes) else 0
     replies = tuple(
-        [{"role": "assistant", "content": _text(row, c, origin)}] for c in ("response1", "response2")
+        [{"role": "assistant", "content": _text(row, c, origin)}]
+        for c in ("response1", "response2")
     )
     turn: Turn = [{"role": "user", "content": _instruction(row, origin)}]
     ratings = (float(winner == 1), float(winner == 2))
@@ -607,7 +609,9 @@ FORMATS: dict[str, Format] = {
         "a chat and two next turns", ("conversations", "chosen", "rejected"), chat_preference
     ),
     "chat_preference_messages": Format(
-        "a chat and two next turns", ("messages", "chosen", "rejected"), chat_preference,
+        "a chat and two next turns",
+        ("messages", "chosen", "rejected"),
+        chat_preference,
         matches=lambda row: "prompt" not in row and isinstance(row["chosen"], (str, Mapping)),
     ),
     "hh_rlhf": Format(

@@ -275,7 +275,9 @@ def _read_path(keep: _Keeper, spec: SourceSpec) -> str:
         if not folder.is_dir():
             raise DataError(f"data source {spec.source}: the folder {folder} does not exist")
         others = sorted(p.name for p in folder.iterdir())
-        hint = nearest(path.name, others) or f"; {folder} holds {', '.join(others[:8]) or 'nothing'}"
+        hint = (
+            nearest(path.name, others) or f"; {folder} holds {', '.join(others[:8]) or 'nothing'}"
+        )
         raise DataError(f"data source {spec.source}: no such file{hint}")
     sha = hashlib.sha256()
     for file in files:
@@ -445,7 +447,11 @@ def _read_json(path: Path, keep: _Keeper) -> None:
             for k, v in values[0][0].items()
             if isinstance(v, list) and v and all(isinstance(x, dict) for x in v)
         }
-        if len(lists) == 1 and len(values[0][0]) <= 3 and "role" not in next(iter(lists.values()))[0]:
+        if (
+            len(lists) == 1
+            and len(values[0][0]) <= 3
+            and "role" not in next(iter(lists.values()))[0]
+        ):
             for index, row in enumerate(next(iter(lists.values()))):
                 keep.add(row, Origin(str(path), row=index))
             return
@@ -553,14 +559,14 @@ def _read_text(path: Path, keep: _Keeper) -> None:
 
 def _read_parquet(path: Path, keep: _Keeper) -> None:
     import pyarrow as pa
-    import pyarrow.parquet
+    import pyarrow.parquet as pq
 
     try:
         if path.name.lower().endswith(".gz"):
             with _open(path) as file:
-                table = pa.parquet.ParquetFile(pa.BufferReader(file.read()))
+                table = pq.ParquetFile(pa.BufferReader(file.read()))
         else:
-            table = pa.parquet.ParquetFile(path)
+            table = pq.ParquetFile(path)
         index = 0
         for batch in table.iter_batches(batch_size=1024):
             for row in batch.to_pylist():

@@ -22,6 +22,7 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxrlhf.data.sources import RowError, nearest
 from jaxrlhf.data.tokenizer import Codec, codec
 from jaxrlhf.errors import DataError
 
@@ -81,7 +82,7 @@ _GEMMA = """\
 {% set ns.system = '' %}\
 {% endif %}\
 {% endfor %}\
-{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' + ns.system }}{% endif %}"""
+{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"""
 
 _PLAIN = """\
 {% for message in messages %}\
@@ -146,8 +147,6 @@ def choose_template(
             raise DataError("data.template=tokenizer, but the tokenizer has no chat template")
         return Template("tokenizer", own)
     if name not in TEMPLATES:
-        from jaxrlhf.data.sources import nearest
-
         raise DataError(
             f"data.template={name!r} is not known{nearest(name, TEMPLATES)}; "
             f"templates are {', '.join(TEMPLATES)} or tokenizer (its own)"
@@ -170,7 +169,8 @@ def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: Template | None = N
     if template is not None and template.name == "tokenizer":
         try:
             pieces = render(
-                template, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                template,
+                [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
                 tokenizer,
             )
             trained = [text for text, mask in pieces if mask]
@@ -193,10 +193,10 @@ def render(
     reply: bool = False,
     tools: Any = None,
 ) -> list[Piece]:
-    """A chat as pieces of text, each trained or not; encode them one by one and lay them end to end.
+    """A chat as pieces of text, each trained or not; encode each and lay the ids end to end.
 
-    The cuts lie around every assistant turn, trained or not, so that a turn has the same ids when it
-    is trained, when it stands in a prompt, and as it was sampled.
+    The cuts lie around every assistant turn, trained or not, so that a turn has the same ids when
+    it is trained, when it stands in a prompt, and as it was sampled.
 
     completion_from: only assistant turns at or after this index are trained (None = all of them).
     reply: end with the template's prompt for a reply (sampling).
@@ -206,8 +206,7 @@ def render(
         DataError: the template fails, rewrites earlier turns, or a message holds its markers.
     """
     kit = codec(tokenizer)
-    guard = _Guard(kit, template)
-    messages = [guard.protect(m) for m in messages]
+    messages = [_protect(m, template, kit) for m in messages]
 
     def chat(n: int, prompt: bool) -> str:
         return _run(template, messages[:n], tokenizer, tools=tools, add_generation_prompt=prompt)
@@ -242,7 +241,7 @@ def render(
             pieces += [(whole[at : len(begin)], False), (whole[len(begin) : cut], index >= first)]
             at = cut
         pieces.append((whole[at:], False))
-    return [(guard.restore(kit.alias(text)), mask) for text, mask in pieces if text]
+    return [(kit.show(kit.alias(text)), mask) for text, mask in pieces if text]
 
 
 def _common(a: str, b: str) -> str:
@@ -270,43 +269,26 @@ def _untrained_until(pieces: Sequence[Piece], length: int) -> list[Piece]:
     return found
 
 
-class _Guard:
-    """Hides control tokens that are spelled inside messages while a template runs over them."""
+def _protect(message: Message, template: Template, kit: Codec) -> Message:
+    """The message with control tokens hidden that are only spelled inside its text."""
 
-    def __init__(self, kit: Codec, template: Template):
-        self.template = template
-        spellings = [*kit.control, *(m for m in template.markers if template.atomic)]
-        nonce = secrets.token_hex(8)
-        self.hidden = {s: f"zh{nonce}h{i}hz" for i, s in enumerate(dict.fromkeys(spellings))}
+    def hide(value: Any) -> Any:
+        if isinstance(value, str):
+            return kit.hide(value)
+        if isinstance(value, list):
+            return [hide(v) for v in value]
+        if isinstance(value, dict):
+            return {k: hide(v) for k, v in value.items()}
+        return value
 
-    def protect(self, message: Message) -> Message:
-        def hide(value: Any) -> Any:
-            if isinstance(value, str):
-                if any(m in value for m in (_START, _END)):
-                    raise DataError("a message holds an internal mark")
-                for spelling in sorted(self.hidden, key=len, reverse=True):
-                    if spelling in value:
-                        value = value.replace(spelling, self.hidden[spelling])
-                return value
-            if isinstance(value, list):
-                return [hide(v) for v in value]
-            if isinstance(value, dict):
-                return {k: hide(v) for k, v in value.items()}
-            return value
-
-        if not self.template.atomic:
-            for marker in self.template.markers:
-                if marker in message["content"]:
-                    raise DataError(
-                        f"a turn of role {message['role']} contains {marker.strip()!r}, which the template "
-                        f"{self.template.name!r} uses as a heading: it would become a turn of its own"
-                    )
-        return {k: v if k == "role" else hide(v) for k, v in message.items()}
-
-    def restore(self, text: str) -> str:
-        for spelling, hidden in self.hidden.items():
-            text = text.replace(hidden, spelling)
-        return text
+    if not template.atomic:
+        for marker in template.markers:
+            if marker in message["content"]:
+                raise RowError(
+                    f"a turn of role {message['role']} contains {marker.strip()!r}, which the "
+                    f"template {template.name!r} uses as a heading: it would become a turn"
+                )
+    return {k: v if k == "role" else hide(v) for k, v in message.items()}
 
 
 # --- running Jinja ---------------------------------------------------------------------------
@@ -323,7 +305,9 @@ def _run(
     import jinja2
 
     special = {
-        k: str(v) for k, v in tokenizer.special_tokens_map.items() if not isinstance(v, (list, dict))
+        k: str(v)
+        for k, v in tokenizer.special_tokens_map.items()
+        if not isinstance(v, (list, dict))
     }
     special = {"bos_token": "", "eos_token": "", **special}
     try:
@@ -334,16 +318,24 @@ def _run(
             add_generation_prompt=add_generation_prompt,
             **special,
         )
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError, OverflowError,
-            ZeroDivisionError, AttributeError, MemoryError, RecursionError) as error:
-        what = "is not valid Jinja" if isinstance(error, jinja2.TemplateSyntaxError) else "fails"
-        line = getattr(error, "lineno", None)
-        place = f" (line {line})" if line else ""
-        raise DataError(
-            f"the chat template {template.name!r} {what}{place}: {error or type(error).__name__}"
+    except (
+        jinja2.TemplateError,
+        TypeError,
+        ValueError,
+        KeyError,
+        OverflowError,
+        ZeroDivisionError,
+        AttributeError,
+        MemoryError,
+        RecursionError,
+    ) as error:
+        raise RowError(
+            f"the chat template {template.name!r} fails: {error or type(error).__name__}"
         ) from error
     if len(text) > MAX_RENDERED:
-        raise DataError(f"the chat template {template.name!r} produced over {MAX_RENDERED} characters")
+        raise RowError(
+            f"the chat template {template.name!r} produced over {MAX_RENDERED} characters"
+        )
     return text
 
 
@@ -362,9 +354,9 @@ def _compile(source: str) -> Any:
             if operator == "**" and abs(right) > 64:
                 raise jinja2.TemplateError("a power this large is not allowed")
             for text, times in ((left, right), (right, left)):
-                if isinstance(text, (str, list, tuple)) and isinstance(times, int):
-                    if len(text) * times > MAX_RENDERED:
-                        raise jinja2.TemplateError("a repetition this long is not allowed")
+                repeats = isinstance(text, (str, list, tuple)) and isinstance(times, int)
+                if repeats and len(text) * times > MAX_RENDERED:
+                    raise jinja2.TemplateError("a repetition this long is not allowed")
             return super().call_binop(context, operator, left, right)
 
     class Generation(Extension):

@@ -188,6 +188,8 @@ class Codec:
     soft: Mapping[str, int]  # other added tokens (<think>, <tool_call>): text may reach them
     aliases: Mapping[str, str]  # control spelling -> the spelling the copies understand
     inverse: Mapping[str, str]
+    hidden: Mapping[str, str]  # control spelling -> what stands for it while a template runs
+    shown: Mapping[str, str]
 
     def encode(self, texts: Sequence[str], *, continued: bool = False) -> list[list[int]]:
         """Ids of each text; control tokens arise from aliases only (see `alias`)."""
@@ -201,6 +203,18 @@ class Codec:
     def unalias(self, text: str) -> str:
         """The inverse of `alias`."""
         return _replace(text, self.inverse)
+
+    def hide(self, text: str) -> str:
+        """`text` with control tokens that are only spelled in it made unrecognisable to `alias`."""
+        return _replace(text, self.hidden)
+
+    def show(self, text: str) -> str:
+        """The inverse of `hide`."""
+        return _replace(text, self.shown)
+
+    def ends_in_control(self, text: str) -> bool:
+        """Whether an aliased text ends in a control token."""
+        return text.endswith(tuple(self.inverse))
 
     def contains_control(self, text: str) -> bool:
         """Whether ordinary `text` spells a control token (it stays text)."""
@@ -256,8 +270,19 @@ def _make_codec(tokenizer: "PreTrainedTokenizerBase") -> Codec:
             break
     eos_id = tokenizer.eos_token_id
     assert eos_id is None or isinstance(eos_id, int)
-    inverse = {alias: spelling for spelling, alias in aliases.items()}
-    return Codec(first, rest, prefix, eos_id, control, soft, aliases, inverse)
+    hidden = {spelling: f"zh{nonce}h{i}hz" for i, spelling in enumerate(control)}
+    return Codec(
+        first,
+        rest,
+        prefix,
+        eos_id,
+        control,
+        soft,
+        aliases,
+        {alias: spelling for spelling, alias in aliases.items()},
+        hidden,
+        {mark: spelling for spelling, mark in hidden.items()},
+    )
 
 
 def _state(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
