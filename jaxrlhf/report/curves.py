@@ -128,9 +128,36 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
         if rest:
             word = f"{len(rest)} more curve{'s' * (len(rest) > 1)}"
             block.append(h("details", h("summary", word), h("div", rest, cls="grid3")))
+        if table := _final(group, names):
+            block.append(h("details", h("summary", "Final figures"), table))
         if first:
             elements.append(h("div", block, cls="stage"))
     return elements
+
+
+def _final(group: list[Run], names: list[str]) -> Element | None:
+    """The last value of every metric, runs side by side; what the summary says where it does."""
+    rows = []
+    for name in names:
+        for split in ("eval", "train"):
+            cells = []
+            for run in group:
+                given = run.summary.get("metrics")
+                given = given if isinstance(given, dict) else {}
+                value = given.get(f"eval/{name}" if split == "eval" else name)
+                line = run.curves.get(name, {}).get(split)
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    value = line[-1][1] if line else None
+                cells.append(value)
+            if any(v is not None for v in cells):
+                what = f"{name}, held out" if split == "eval" else name
+                row = [h("td", number(v), cls="num") for v in cells]
+                rows.append(h("tr", h("th", what, scope="row", cls="pin"), row))
+    if not rows:
+        return None
+    head = h("tr", h("th", "metric", cls="pin"), [h("th", r.name, cls="num") for r in group])
+    table = h("table", h("thead", head), h("tbody", rows))
+    return h("div", h("div", table, cls="scroll"), cls="card")
 
 
 def _rank(name: str) -> tuple[bool, int, str]:

@@ -3,7 +3,7 @@
 
 from jaxrlhf.report.chart import number
 from jaxrlhf.report.html import Element, h
-from jaxrlhf.report.read import Run, steps_of
+from jaxrlhf.report.read import Run, content_of, steps_of
 
 WIDE, TALL, GAP_X, GAP_Y = 168, 44, 46, 14
 
@@ -21,7 +21,7 @@ def lineage(runs: list[Run], models: list) -> list[Element]:
         steps = "–" if done is None else f"{done:,.0f}"
         if planned is not None:
             steps += f" of {planned:,.0f}"
-        digest = run.summary.get("digest") or run.summary.get("content_digest") or ""
+        digest = content_of(run)
         rows.append(
             h(
                 "tr",
@@ -31,7 +31,7 @@ def lineage(runs: list[Run], models: list) -> list[Element]:
                 h("td", steps, cls="num"),
                 h("td", duration(run.seconds), cls="num"),
                 h("td", ", ".join(run.parents) or "–"),
-                h("td", h("code", str(digest).removeprefix("sha256:")[:12] or "–")),
+                h("td", h("code", digest[:12] or "–")),
             )
         )
     titles = [h("th", t, cls="num" if t in ("steps", "time") else None) for t in head]

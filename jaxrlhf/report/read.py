@@ -67,6 +67,7 @@ def read_runs(folders: list[Path]) -> tuple[str, list[Run]]:
         if seen[run.name] > 1:
             runs[i] = replace(run, name=f"{run.name} ({seen[run.name]})")
     title = ", ".join(folder.resolve().name for folder in folders[:3])
+    runs = _with_parents(runs)
     return title + (f" and {len(folders) - 3} more" if len(folders) > 3 else ""), runs
 
 
@@ -258,15 +259,28 @@ def _first(data: dict[str, Any], *names: str) -> float | None:
 
 
 def _names(parents: Any) -> tuple[str, ...]:
-    """Parents as names, from a list of names, of {"name": ...}, or a dict role -> either."""
-    if isinstance(parents, dict):
-        parents = list(parents.values())
+    """Parents as a pipeline lists them: names, or {"name": ...}."""
     if not isinstance(parents, list):
         return ()
-    names = []
-    for parent in parents:
-        if isinstance(parent, dict):
-            parent = parent.get("name") or parent.get("path") or parent.get("model")
-        if isinstance(parent, str) and parent:
-            names.append(Path(parent).name if "/" in parent else parent)
-    return tuple(names)
+    names = [p.get("name") if isinstance(p, dict) else p for p in parents]
+    return tuple(name for name in names if isinstance(name, str) and name)
+
+
+def _with_parents(runs: list[Run]) -> list[Run]:
+    """Parents that a summary gives by content, {setting: digest}, as the runs they came from."""
+    made = {digest: run.name for run in runs if (digest := content_of(run))}
+    found = []
+    for run in runs:
+        given = run.summary.get("parents")
+        if not run.parents and isinstance(given, dict):
+            said = ((str(key), str(digest)) for key, digest in given.items())
+            names = [made.get(digest) or f"{key} {digest[:8]}" for key, digest in said]
+            run = replace(run, parents=tuple(n for n in dict.fromkeys(names) if n != run.name))
+        found.append(run)
+    return found
+
+
+def content_of(run: Run) -> str:
+    """The content digest of what a run made, or "" where it is not known."""
+    digest = run.summary.get("content")
+    return digest if isinstance(digest, str) else ""

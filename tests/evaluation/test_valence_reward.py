@@ -2,9 +2,11 @@
 """The happy-stories reward against values computed by hand."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

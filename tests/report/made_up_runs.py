@@ -4,6 +4,7 @@
 python tests/report/made_up_runs.py FOLDER     # look at one
 """
 
+import hashlib
 import json
 import math
 import sys
@@ -55,6 +56,10 @@ def write_json(path: Path, data) -> None:
     path.write_text(json.dumps(data, indent=1))
 
 
+def digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()
+
+
 def run_folder(folder: Path, stage: str, steps: int, config: dict, curves, parents=(), seconds=30):
     """One finished run; `curves` is step -> (train metrics, eval metrics or None)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,10 +77,10 @@ def run_folder(folder: Path, stage: str, steps: int, config: dict, curves, paren
             "stage": stage,
             "steps_done": steps,
             "steps_planned": steps,
-            "seconds": seconds,
+            "wall_seconds": seconds,
             "tokens": steps * 4096,
-            "parents": [{"name": p, "digest": "sha256:" + "ab" * 32} for p in parents],
-            "digest": "sha256:" + stage.encode().hex().ljust(64, "0"),
+            "parents": {f"parent.{i}": digest(p) for i, p in enumerate(parents)},
+            "content": digest(folder.name),
             "exit_reason": "done",
         },
     )
