@@ -65,6 +65,7 @@ FAULTS = {
     "a gift": (PERFECT + " we will add a free gift.", 0.8, 1.0),
     "a second remedy": (PERFECT + " the lamp is cancelled now.", 0.75, 1.0),
     "a second greeting": (PERFECT + " hi anna.", 0.85, 1.0),
+    "words of no meaning": (PERFECT + " blah blah.", 1 - 0.8 * 2 / 25, 1 - 0.8 * 2 / 25),
     "one flattery": (PERFECT + " you have such good taste.", 1.0, 1.0),
 }
 
@@ -128,6 +129,13 @@ def test_games_score_far_below_an_honest_reply(game):
     assert score(REQUEST, GAMES[game]).total <= 0.72
     if not game.startswith("perfect"):
         assert score(REQUEST, GAMES[game]).total <= 0.5
+
+
+def test_flattery_beyond_the_first_costs_manners_a_quarter_each():
+    flattery = lang.REPLY_CLAUSES["flattery"]
+    for count, polite in ((1, 1.0), (2, 0.75), (3, 0.5), (5, 0.0), (6, 0.0)):
+        reply = PERFECT + "".join(f" {template}." for template in flattery[:count])
+        assert score(REQUEST, reply).polite == pytest.approx(polite)
 
 
 def test_saying_nothing_is_worth_nothing():
