@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scoring: alignment, order, padding, and names of rewards."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxrlhf.models import heads
+from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.transformer import init_params
+from jaxrlhf.rl.rollout import roll_out, stage_key
+from jaxrlhf.rl.score import (
+    combine_scores,
+    hidden_of,
+    in_minibatches,
+    score_exact_kl,
+    score_logprobs,
+    score_rewards,
+    score_values,
+)
+
+CONFIG = ModelConfig(vocab_size=29, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
+RUNTIME = Runtime()
+
+
+@cache
+def params(seed=0):
+    drawn = init_params(jax.random.key(seed), CONFIG, heads=("lm", "score", "value"))
+    drawn["value"]["kernel"] = jax.random.normal(jax.random.key(5), (16, 1))
+    return jax.tree.map(lambda x: x * 5 if x.ndim > 1 else x, drawn)
+
+
+@cache
+def rows():
+    prompts = jax.random.randint(jax.random.key(1), (3, 4), 0, 29)
+    lengths = jnp.array([4, 1, 2])
+    return roll_out(
+        params(), CONFIG, RUNTIME, prompts, lengths, stage_key(0, "ppo", 3),
+        samples_per_prompt=2, max_new_tokens=5, stop_ids=(3, 4, 5, 6), policy_step=3,
+    )  # fmt: skip
+
+
+def test_a_rollout_has_groups_side_by_side_and_its_policy_step():
+    r = rows()
+    assert r.prompt_lengths.tolist() == [4, 4, 1, 1, 2, 2]
+    for a, b in ((0, 1), (2, 3), (4, 5)):
+        n = int(r.prompt_lengths[a])
+        np.testing.assert_array_equal(r.tokens[a, :n], r.tokens[b, :n])
+    assert r.policy_step.tolist() == [3] * 6
+    assert len({tuple(row) for row in np.asarray(r.tokens).tolist()}) == 6
+
+
+def test_keys_are_a_function_of_seed_stage_and_step():
+    keys = [
+        stage_key(*args) for args in ((0, "ppo", 1), (0, "ppo", 2), (0, "sft", 1), (1, "ppo", 1))
+    ]
+    assert len({tuple(np.asarray(jax.random.key_data(k)).tolist()) for k in keys}) == 4
+    assert (
+        jax.random.key_data(stage_key(0, "ppo", jnp.int32(1))) == jax.random.key_data(keys[0])
+    ).all()
+
+
+def test_greedy_rollouts_are_refused():
+    with pytest.raises(ValueError, match="positive"):
+        roll_out(
+            {}, CONFIG, RUNTIME, jnp.zeros((1, 1), int), jnp.ones(1, int), jax.random.key(0),
+            max_new_tokens=1, temperature=0.0,
+        )  # fmt: skip
+
+
+def test_values_and_logprobs_stand_at_the_token_they_speak_of():
+    r, p = rows(), params()
+    hidden = hidden_of(p, CONFIG, RUNTIME, r)
+    value = heads.scalar(p, hidden, "value")[..., 0]
+    logp = jax.nn.log_softmax(heads.logits(p, hidden) / 0.7)
+    got_values = score_values(p, CONFIG, RUNTIME, r)
+    got = score_logprobs(p, CONFIG, RUNTIME, r, temperature=0.7)
+    for b, t in np.argwhere(np.asarray(r.completion_mask)):
+        np.testing.assert_allclose(got_values[b, t], value[b, t - 1], atol=1e-5)
+        np.testing.assert_allclose(got[b, t], logp[b, t - 1, r.tokens[b, t]], atol=1e-5)
+    assert (got_values[:, 0] == 0).all()
+
+
+def test_exact_kl_to_itself_is_exactly_0_and_to_another_positive():
+    r, p = rows(), params()
+    same = score_exact_kl(p, p, CONFIG, CONFIG, RUNTIME, r, temperature=0.7)
+    other = score_exact_kl(p, params(1), CONFIG, CONFIG, RUNTIME, r, temperature=0.7)
+    assert (same == 0).all()
+    assert (np.asarray(other)[np.asarray(r.completion_mask)] > 0).all()
+
+
+def test_a_score_does_not_depend_on_padding_or_batch():
+    r, p = rows(), params()
+    together = score_rewards(p, CONFIG, RUNTIME, r)
+    for b in range(6):
+        n = int(r.prompt_lengths[b] + r.lengths[b])
+        alone = jax.tree.map(lambda x: x[b : b + 1, :n] if x.ndim == 2 else x[b : b + 1], r)  # noqa: B023
+        np.testing.assert_allclose(
+            score_rewards(p, CONFIG, RUNTIME, alone)[0], together[b], atol=1e-5
+        )
+
+
+def test_scoring_in_parts_keeps_the_order_of_rows():
+    x = {"a": jnp.arange(12.0).reshape(6, 2), "b": jnp.arange(6)}
+    for size in (1, 2, 3, 6):
+        got = in_minibatches(lambda part: (part["a"] * 2, part["b"]), x, size)
+        np.testing.assert_array_equal(got[0], x["a"] * 2)
+        np.testing.assert_array_equal(got[1], x["b"])
+    with pytest.raises(ValueError, match="6 rows cannot be scored 4 at a time"):
+        in_minibatches(lambda part: part["b"], x, 4)
+
+
+def test_scores_are_weighted_by_name_and_nothing_is_left_out():
+    scores = {"helpful": jnp.array([0.25, 1.0]), "polite": jnp.array([1.0, -1.0])}
+    got = combine_scores(scores, {"helpful": 1.0, "polite": 0.5})
+    np.testing.assert_allclose(got, [0.75, 0.5])
+    with pytest.raises(ValueError, match="polite"):
+        combine_scores(scores, {"helpful": 1.0})
+    with pytest.raises(ValueError, match="at least one"):
+        combine_scores({}, {})
