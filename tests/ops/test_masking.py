@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import run_on_devices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -120,3 +121,23 @@ def test_weighted_sums_of_the_parts_add_up_to_the_whole(name):
 def test_a_length_of_zero_is_refused():
     with pytest.raises(ValueError, match="length = 0"):
         fixed_length_weights(jnp.ones((1, 1), bool), length=0)
+
+
+def on_shards() -> list[list[float]]:
+    """Whitened values, their weights' sums and a mean, of rows sharded over all devices."""
+    x, mask = rows(11, (16, 7))
+    mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x, mask = jax.device_put((x, mask), where)
+
+    @jax.jit
+    def everything(x, mask):
+        parts = [masking.token_weights(mask), masking.sequence_weights(mask), whiten(x, mask)]
+        return [*parts, whiten(x, mask, shift_mean=False)]
+
+    return [np.asarray(part).ravel().tolist() for part in everything(x, mask)]
+
+
+def test_statistics_over_shards_are_those_of_one_device():
+    for sharded, alone in zip(run_on_devices(8, on_shards), on_shards(), strict=True):
+        np.testing.assert_allclose(sharded, alone, atol=1e-5)
