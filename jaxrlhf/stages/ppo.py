@@ -1,0 +1,417 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reinforcement learning against rewards.
+
+    prompts -> rollout = sample(policy, prompts, key)          tokens, lengths
+            -> scores  = judge(rollout)                        reward models, functions, or both
+            -> exp     = build_experience(rollout, scores, old_logprobs, ref_logprobs, values)
+            -> for batch in minibatches(exp, key): state, metrics = train_step(state, {}, batch, key)
+
+One unit of the loop is one iteration of these arrows. Its keys are functions of (seed, step), so an
+iteration that is killed in the middle is repeated exactly. The update never sees a reference or a
+reward model: what they say arrives as arrays. Actor and critic are one tree of parameters; with
+rl.critic = shared the value head stands on the actor's own trunk.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.config.signatures import keywords, statistics
+from jaxrlhf.config.stages import PPOConfig
+from jaxrlhf.data.batches import Batches
+from jaxrlhf.data.encode import PromptSet
+from jaxrlhf.data.tokenizer import decode_continuation
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluation.text_metrics import describe_completions
+from jaxrlhf.losses.policy import POLICY_LOSSES, clipped_value, entropy_bonus
+from jaxrlhf.models.heads import lm_head_kernel
+from jaxrlhf.models.rows import head_logprobs, head_values, row_hidden
+from jaxrlhf.ops.advantages import ESTIMATORS
+from jaxrlhf.ops.logprobs import exact_kl
+from jaxrlhf.ops.masking import keep, masked_sum, weighted_sum
+from jaxrlhf.parallel.distributed import to_host
+from jaxrlhf.parallel.mesh import row_shards
+from jaxrlhf.parallel.rules import batch_sharding, put_batch, replicated
+from jaxrlhf.rl.experience import build_experience, minibatches, needs_values
+from jaxrlhf.rl.rollout import roll_out
+from jaxrlhf.rl.score import in_minibatches
+from jaxrlhf.stages.completions import (
+    Completions,
+    Judge,
+    judge_completions,
+    make_completer,
+    make_judge,
+    make_kl,
+    stop_ids,
+)
+from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_model, trunk
+from jaxrlhf.stages.preference import reference_of
+from jaxrlhf.stages.recipe import Advance, Recipe
+from jaxrlhf.stages.rows import prompt_rows
+from jaxrlhf.train.state import TrainState
+from jaxrlhf.train.step import LossFn, TrainStep
+from jaxrlhf.types import Experience, Params, Rollout
+
+Metrics = dict[str, tuple[Any, Any]]
+
+
+def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
+    """The arrows above, made of settings."""
+    policy = open_model(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    reference = reference_of(config, policy, mesh)
+    judge = make_judge(config.reward, config.model, policy, mesh)
+    gold = make_judge(config.gold, config.model, policy, mesh)
+    actor, critic = make_actor_critic(config, policy, mesh, jax.random.fold_in(key, 1))
+    params = {"actor": actor} | ({"critic": critic.params} if critic is not None else {})
+    axes = {"actor": axes_of(actor, policy.config)}
+    if critic is not None:
+        axes["critic"] = axes_of(critic.params, critic.config)
+    # The state will donate its buffers: what stays frozen must be a copy of its own.
+    ref_params = copy_params(reference.params) if reference is policy else reference.params
+    reference = Model(**{**vars(reference), "params": ref_params})
+
+    new_tokens = config.sampling.max_new_tokens
+    prompts, held_out, notes = prompt_rows(
+        config.data, policy, config.seed, max_new_tokens=new_tokens
+    )
+    plan = config.train.batch_plan(row_shards(mesh))
+    episodes, group = plan.batch_size, config.rl.samples_per_prompt
+    batches = Batches(
+        prompts,
+        episodes // group,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        length=-(-int(prompts.lengths.max()) // 8) * 8,  # one shape for the whole run
+    )
+    rows = episodes // config.rl.minibatches
+    scored = min(rows, plan.microbatch_size * plan.shards)
+    if rows % scored:
+        raise ConfigError(
+            f"train.microbatch_size = {plan.microbatch_size}: a minibatch of {rows} episodes is no "
+            f"multiple of {scored} = microbatch_size x data shards"
+        )
+    experience = make_experience(config, policy, reference, critic, mesh, scored)
+    sampler = jax.jit(
+        functools.partial(
+            roll_out,
+            config=policy.config,
+            runtime=policy.runtime,
+            samples_per_prompt=group,
+            max_new_tokens=new_tokens,
+            temperature=config.sampling.temperature,
+            stop_ids=stop_ids(config.sampling, policy),
+        ),
+        out_shardings=batch_sharding(mesh),
+    )
+    shuffled = jax.jit(
+        lambda exp, key: tuple(
+            minibatches(
+                exp, key, config.rl.minibatches, weighting=config.rl.weights, length=new_tokens
+            )
+        ),
+        out_shardings=batch_sharding(mesh),
+    )
+
+    def make_advance(train_step: TrainStep) -> Advance:
+        def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
+            sampling_key, update_key = jax.random.split(jax.random.fold_in(key, step + 2))
+            batch = batches.batch_at(step)
+            rollout = sampler(
+                state.params["actor"],
+                prompt_tokens=put_batch(batch.tokens, mesh),
+                prompt_lengths=put_batch(batch.lengths, mesh),
+                key=sampling_key,
+                policy_step=state.step,
+            )
+            scores = judge_rollout(judge, policy, rollout, batch, group)
+            total = judge.total(scores)
+            exp, metrics = experience(
+                state.params, reference.params, rollout, put_batch(total, mesh)
+            )
+            found: Metrics = dict(metrics)
+            for epoch in range(config.rl.epochs):
+                epoch_key = jax.random.fold_in(update_key, epoch)
+                for i, rows in enumerate(shuffled(exp, epoch_key)):
+                    state, step_metrics = train_step(
+                        state, {}, rows, jax.random.fold_in(epoch_key, i)
+                    )
+                    if epoch == i == 0:
+                        found["ratio/first_off"] = step_metrics["ratio/off"]
+                    add_metrics(found, step_metrics)
+            for name, values in {**scores, "reward": total}.items():
+                label = name if name == "reward" else f"reward/{name}"
+                found[label] = (values.sum(dtype=np.float64), len(values))
+            found["reward_std"] = (float(total.std()), 1)
+            return state, found
+
+        return advance
+
+    evaluate = sample = None
+    if held_out is not None:
+        look = make_evaluation(config, policy, reference, judge, gold, held_out, mesh, key)
+        evaluate, sample = look
+    return Recipe(
+        kind="lm",
+        architecture=policy.config,
+        params=params,
+        axes=axes,
+        loss_fn=make_loss(config, policy, critic),
+        steps=config.train.steps or 0,
+        updates=config.rl.epochs * config.rl.minibatches,
+        rows=rows,
+        advance=make_advance,
+        evaluate=evaluate,
+        sample=sample,
+        exported=("actor",),
+        tokenizer=policy.tokenizer,
+        hf_config=policy.hf_config,
+        show=("reward", "kl", "objective"),
+        notes=notes,
+    )
+
+
+def make_actor_critic(
+    config: PPOConfig, policy: Model, mesh: Mesh, key: jax.Array
+) -> tuple[Params, Model | None]:
+    """(the actor's parameters, the critic or None): rl.critic says what the critic begins as.
+
+    Without values in the estimator nothing is added; a shared critic is a value head in the actor.
+    """
+    if not needs_values(config.rl.advantage):
+        return policy.params, None
+    if config.rl.critic == "shared":
+        return {**policy.params, "value": new_head(policy, "value", key)}, None
+    if config.rl.critic == "policy":
+        head = new_head(policy, "value", key)
+        params = {**copy_params(trunk(policy.params)), "value": head}
+        return policy.params, Model(**{**vars(policy), "params": params})
+    [term] = [term for term in config.reward if term.kind == "model"]
+    judge = open_model(config.model, mesh, path=term.source, kind="reward")
+    # A value is an expected score: the reward model's own head is where it begins.
+    score = judge.params["score"]["kernel"][:, :1]
+    head = {"kernel": score, "bias": jnp.zeros((1,), score.dtype)}
+    return policy.params, Model(**{**vars(judge), "params": {**trunk(judge.params), "value": head}})
+
+
+def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:
+    """Policy loss + value_coef x value loss - entropy_coef x entropy, on Experience."""
+    loss = POLICY_LOSSES[config.rl.policy_loss]
+    settings, needs = keywords(loss, config.rl), statistics(loss)
+    value_settings = keywords(clipped_value, config.rl)
+    with_values = needs_values(config.rl.advantage)
+    temperature = config.sampling.temperature
+
+    def loss_fn(params: Params, frozen: Params, batch: Experience, key: jax.Array) -> Any:
+        mask = batch.completion_mask
+        hidden = row_hidden(params["actor"], policy.config, policy.runtime, batch)
+        logprobs = head_logprobs(
+            params["actor"], policy.runtime, hidden, batch.tokens, temperature=temperature
+        )
+        found = {"logprobs": logprobs, "completion_mask": mask}
+        stats = {name: found.get(name, getattr(batch, name, None)) for name in needs}
+        losses, metrics = loss(*stats.values(), **settings)
+        if config.rl.entropy_coef:
+            _, entropies = head_logprobs(
+                params["actor"],
+                policy.runtime,
+                hidden,
+                batch.tokens,
+                temperature=temperature,
+                entropy=True,
+            )
+            bonus, more = entropy_bonus(entropies, mask, entropy_coef=config.rl.entropy_coef)
+            losses, metrics = losses + bonus, {**metrics, **more}
+        if with_values:
+            if critic is None:
+                values = head_values(params["actor"], hidden)
+            else:
+                trunk_hidden = row_hidden(params["critic"], critic.config, critic.runtime, batch)
+                values = head_values(params["critic"], trunk_hidden)
+            value_losses, more = clipped_value(
+                values, batch.values, batch.returns, mask, **value_settings
+            )
+            losses, metrics = losses + config.rl.value_coef * value_losses, {**metrics, **more}
+        off = (logprobs != batch.old_logprobs) & mask
+        count = mask.sum()
+        summed = {name: (keep(x, mask).sum(), count) for name, x in metrics.items()}
+        summed["ratio/off"] = (off.sum().astype(jnp.float32), count)
+        return weighted_sum(losses, batch.weights), summed
+
+    return loss_fn
+
+
+def make_experience(
+    config: PPOConfig,
+    policy: Model,
+    reference: Model,
+    critic: Model | None,
+    mesh: Mesh,
+    rows: int,
+) -> Callable[..., tuple[Experience, Metrics]]:
+    """The compiled scoring pass: (params, reference, rollout, scores) -> (experience, metrics).
+
+    Everything is scored `rows` rows at a time, the shape of the update's own passes, by the one
+    log-prob function: that is what makes the first ratio exactly 1.
+    """
+    rl, temperature = config.rl, config.sampling.temperature
+    settings = keywords(ESTIMATORS[rl.advantage], rl)
+    with_values = needs_values(rl.advantage)
+
+    def said(params: Params, ref_params: Params, batch: Rollout) -> dict[str, jax.Array]:
+        hidden = row_hidden(params["actor"], policy.config, policy.runtime, batch)
+        ref_hidden = row_hidden(ref_params, reference.config, reference.runtime, batch)
+        found = {
+            "old": head_logprobs(
+                params["actor"], policy.runtime, hidden, batch.tokens, temperature=temperature
+            ),
+            "ref": head_logprobs(
+                ref_params, reference.runtime, ref_hidden, batch.tokens, temperature=temperature
+            ),
+        }
+        if rl.kl_in_reward == "exact":
+            found["exact_kl"] = exact_kl(
+                hidden,
+                lm_head_kernel(params["actor"]),
+                ref_hidden,
+                lm_head_kernel(ref_params),
+                temperature=temperature,
+                chunk=policy.runtime.logprob_chunk,
+            )
+        if with_values and critic is None:
+            found["values"] = head_values(params["actor"], hidden)
+        elif critic is not None:
+            trunk_hidden = row_hidden(params["critic"], critic.config, critic.runtime, batch)
+            found["values"] = head_values(params["critic"], trunk_hidden)
+        return found
+
+    def experience(
+        params: Params, ref_params: Params, rollout: Rollout, scores: jax.Array, kl_coef: jax.Array
+    ) -> tuple[Experience, Metrics]:
+        found = in_minibatches(lambda batch: said(params, ref_params, batch), rollout, rows)
+        mask = rollout.completion_mask
+        exp = build_experience(
+            rollout,
+            scores,
+            found["old"],
+            found["ref"],
+            found.get("values"),
+            kl_coef=kl_coef,
+            kl_in_reward=rl.kl_in_reward,
+            exact_kl=found.get("exact_kl"),
+            estimator=rl.advantage,
+            estimator_kwargs=settings,
+            whiten_advantages=rl.whiten_advantages,
+            weighting=rl.weights,
+        )
+        n = rollout.lengths.shape[0]
+        kl = masked_sum(found.get("exact_kl", found["old"] - found["ref"]), mask, axis=1)
+        metrics: Metrics = {
+            "kl": (kl.sum(), n),
+            "objective": ((scores - kl_coef * kl).sum(), n),
+            "completions/mean_length": (rollout.lengths.sum(), n),
+            "completions/eos_rate": (rollout.finish_reason.sum(), n),
+            "entropy_estimate": (-masked_sum(found["old"], mask), mask.sum()),
+            "episodes": (jnp.asarray(n), 1),
+            "tokens": (rollout.lengths.sum(), 1),
+        }
+        return exp, metrics
+
+    rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
+    program = jax.jit(experience, out_shardings=(rows_sharding, whole))
+    # An argument, not a constant: a sweep over it compiles nothing anew.
+    coefficient = jnp.float32(rl.kl_coef)
+    return lambda params, ref_params, rollout, scores: program(
+        params, ref_params, rollout, scores, coefficient
+    )
+
+
+def judge_rollout(
+    judge: Judge, policy: Model, rollout: Rollout, batch: Any, group: int
+) -> dict[str, np.ndarray]:
+    """Scores of a rollout by name, float32 [B]; functions are given text."""
+    tokens, prompt_lengths, lengths, reasons = (
+        to_host(x)
+        for x in (rollout.tokens, rollout.prompt_lengths, rollout.lengths, rollout.finish_reason)
+    )
+    texts = []
+    for row, start, length, stopped in zip(tokens, prompt_lengths, lengths, reasons, strict=True):
+        said = row[start : start + length - int(stopped)]
+        texts.append(decode_continuation(policy.tokenizer, row[:start], said))
+    prompts = [prompt for prompt in batch.prompts for _ in range(group)]
+    columns = {
+        name: [value for value in values for _ in range(group)]
+        for name, values in batch.columns.items()
+    }
+    return judge(prompts, texts, columns, rollout)
+
+
+def add_metrics(total: Metrics, more: Metrics) -> None:
+    """Adds (sum, count) pairs of one optimizer step to those of the iteration."""
+    for name, (value, count) in more.items():
+        if name in total and name not in ("tokens", "episodes"):
+            before = total[name]
+            total[name] = (before[0] + value, before[1] + count)
+        else:
+            total.setdefault(name, (value, count))
+
+
+def make_evaluation(
+    config: PPOConfig,
+    policy: Model,
+    reference: Model,
+    judge: Judge,
+    gold: Judge,
+    prompts: PromptSet,
+    mesh: Mesh,
+    key: jax.Array,
+) -> tuple[Callable[[Params, int], dict[str, float]], Callable[[Params, int], list[dict]]]:
+    """(evaluate, sample): fresh completions of held-out prompts, always with the same key."""
+    complete = make_completer(policy, config.sampling, mesh)
+    kl = make_kl(policy, reference, mesh, temperature=config.sampling.temperature)
+    eval_key = jax.random.fold_in(key, 1)
+    latest: dict[str, Any] = {}
+
+    def evaluate(params: Params, step: int) -> dict[str, float]:
+        found = complete(params["actor"], prompts, 1, eval_key)
+        scores = judge_completions(judge, found, mesh)
+        total = judge.total(scores)
+        nats = kl(params["actor"], found)
+        truth = judge_completions(gold, found, mesh) if gold.scorers else {}
+        latest.update(step=step, found=found, scores={**scores, **truth})
+        metrics = {"reward": float(total.mean()), "kl": float(nats.mean())}
+        metrics["objective"] = metrics["reward"] - config.rl.kl_coef * metrics["kl"]
+        if truth:
+            metrics["gold"] = float(gold.total(truth).mean())
+        metrics |= {f"reward/{name}": float(values.mean()) for name, values in scores.items()}
+        metrics |= {f"gold/{name}": float(values.mean()) for name, values in truth.items()}
+        return metrics | describe_completions(
+            found.texts, lengths=found.lengths.tolist(), finish_reasons=found.finish_reasons
+        )
+
+    def sample(params: Params, step: int) -> list[dict[str, Any]]:
+        if latest.get("step") != step:
+            evaluate(params, step)
+        return sample_rows(latest["found"], latest["scores"], 8)
+
+    return evaluate, sample
+
+
+def sample_rows(
+    found: Completions, scores: dict[str, np.ndarray], count: int
+) -> list[dict[str, Any]]:
+    """The first completions as rows of samples.jsonl."""
+    return [
+        {
+            "prompt": found.prompts[i],
+            "completion": found.texts[i],
+            "scores": {name: float(values[i]) for name, values in scores.items()},
+            "length": int(found.lengths[i]),
+            "finish_reason": found.finish_reasons[i],
+        }
+        for i in range(min(count, len(found)))
+    ]
