@@ -13,7 +13,7 @@ import hashlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -26,8 +26,6 @@ from jaxrlhf.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-TruncationName = Literal["error", "drop", "truncate-left", "truncate-right", "split"]
 
 
 class Row(NamedTuple):
@@ -238,14 +236,14 @@ def _truncate_right(ids: list[int], mask: list[bool], limit: int, bos: int):
 TRUNCATIONS: dict[str, Callable] = {
     "error": _keep_all,
     "drop": _keep_all,
-    "truncate-left": _truncate_left,
-    "truncate-right": _truncate_right,
+    "left": _truncate_left,
+    "right": _truncate_right,
     "split": _keep_all,  # text only: consecutive rows of max_length
 }
 
 
 def _check_truncation(name: str, max_length: int | None, allowed: Iterable[str]) -> str:
-    name = name.replace("_", "-")
+    name = name.replace("_", "-").removeprefix("truncate-")
     if name not in allowed:
         raise DataError(
             f"truncation {name!r} is not known here{sources.nearest(name, allowed)}; "
@@ -392,7 +390,7 @@ class _Encoder:
         if self.truncation == "error":
             raise DataError(
                 f"{origin}: {len(ids)} tokens, more than max_length = {self.max_length}; raise "
-                "data.max_length, or set data.truncation to drop, truncate-left or truncate-right"
+                "data.max_length, or set data.truncation to drop, left or right"
             )
         kit = self.kit
         bos = len(kit.prefix) if tuple(ids[: len(kit.prefix)]) == kit.prefix else 0
@@ -455,7 +453,7 @@ def encode_lm(
     max_length: int | None = None,
     template: str | None = None,
     completion_only: bool | None = None,
-    truncation: str = "truncate-left",
+    truncation: str = "left",
     append_eos: bool = True,
     on_bad_row: OnBadRow = "error",
     vocab_size: int | None = None,
@@ -468,8 +466,8 @@ def encode_lm(
 
     Args:
         max_length: tokens a row may have, BOS and EOS included; None = any.
-        truncation: error | drop | truncate-left (BOS + the last tokens) | truncate-right |
-            split (text only: consecutive rows).
+        truncation: error | drop | left (BOS + the last tokens are kept) | right (the first) |
+            split (text only: consecutive rows). truncate-left and truncate-right mean the same.
         append_eos: end every row with EOS, trained (False when scoring given text).
         vocab_size: refuse ids outside the model's vocabulary.
         seed: of formats that pair rows.
@@ -568,7 +566,7 @@ def encode_pairs(
     *,
     max_length: int | None = None,
     template: str | None = None,
-    truncation: str = "truncate-left",
+    truncation: str = "left",
     append_eos: bool = True,
     ranking: str = "all",
     on_bad_row: OnBadRow = "error",
@@ -702,7 +700,7 @@ def encode_prompts(
     *,
     max_length: int | None = None,
     template: str | None = None,
-    truncation: str = "truncate-left",
+    truncation: str = "left",
     on_bad_row: OnBadRow = "error",
     vocab_size: int | None = None,
     seed: int = 0,
@@ -713,9 +711,7 @@ def encode_prompts(
     other columns of the row for reward functions. Arguments as in `encode_lm`; max_length counts
     the prompt's tokens alone.
     """
-    truncation = _check_truncation(
-        truncation, max_length, ("error", "drop", "truncate-left", "truncate-right")
-    )
+    truncation = _check_truncation(truncation, max_length, ("error", "drop", "left", "right"))
     encoder = _Encoder(
         tokenizer,
         template=template,

@@ -75,7 +75,7 @@ def show(
     ids: bool = True,
     max_length: int | None = None,
     template: str | None = None,
-    truncation: str = "truncate-left",
+    truncation: str = "left",
     completion_only: bool | None = None,
     on_bad_row: OnBadRow = "skip",
     seed: int = 0,

@@ -642,7 +642,7 @@ def _read_tfds(spec: SourceSpec) -> Iterator[Mapping[str, Any]]:
     folder = Path(name).expanduser()
     try:
         if is_path(name) and folder.is_dir():
-            builder = tfds.builder_from_directory(str(folder))
+            builder = tfds.builder_from_directory(builder_dir=str(folder))
         else:
             builder = tfds.builder(name)
         splits = list(builder.info.splits or ())

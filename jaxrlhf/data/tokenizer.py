@@ -168,7 +168,7 @@ def decode_continuation(
     Decoding a completion by itself loses the space in front of its first word in "▁"-style
     tokenizers, and a letter whose bytes were shared between prompt and completion.
     """
-    context = [int(i) for i in prompt_ids][-8:]
+    context = [int(i) for i in prompt_ids]
     before = decode(tokenizer, context)
     after = decode(tokenizer, [*context, *map(int, ids)])
     if before and after.startswith(before):
