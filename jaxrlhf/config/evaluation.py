@@ -5,7 +5,15 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Coefficients, Counts, Natural, OpenShare, Positive, Section
+from jaxrlhf.config.base import (
+    Coefficients,
+    Counts,
+    Natural,
+    NonNegative,
+    OpenShare,
+    Positive,
+    Section,
+)
 
 
 class EvaluationSection(Section):
@@ -18,6 +26,9 @@ class EvaluationSection(Section):
         default_factory=list,
         description="KL coefficients for which the best reachable reward - coef x KL is estimated "
         "from the samples",
+    )
+    kl_coef: NonNegative | None = Field(
+        default=None, description="also give the objective: proxy - kl_coef x KL to the reference"
     )
     bootstrap: Positive = Field(default=1000, description="resamples behind each interval")
     confidence: OpenShare = Field(default=0.95, description="coverage of the intervals")

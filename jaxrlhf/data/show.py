@@ -90,7 +90,7 @@ def show(
         file: where to; None = standard output. Colours only if it is a terminal.
         others: as in `encode`.
     """
-    stage = stage or _stage_of(source, on_bad_row)
+    stage = stage or stage_of(source, on_bad_row)
     shared: dict[str, Any] = {
         "max_length": max_length,
         "template": template,
@@ -111,7 +111,8 @@ def show(
     return data
 
 
-def _stage_of(source: Source | Sequence[Source], on_bad_row: OnBadRow) -> str:
+def stage_of(source: Source | Sequence[Source], on_bad_row: OnBadRow) -> str:
+    """What the first source's rows are for: "lm", "pairs" or "prompts"."""
     spec = sources.as_specs(source)[0]
     peek = dataclasses.replace(spec, limit=100 if spec.limit is None else min(100, spec.limit))
     rows = sources.load_rows(peek, on_bad_row=on_bad_row)

@@ -78,9 +78,25 @@ def run_stage(
             stop_requested=stop_requested,
         )
     from jaxrlhf.stages.once import run_once
+    from jaxrlhf.stages.training import StageResult
 
-    work = _work(command)
-    return run_once(command, config, folder, lambda path: work(config, path))
+    if dry_run:
+        return StageResult(folder, 0, {}, "dry run: the settings are fine")
+    work = _work(command, config)
+    # A file asked for by name, or text on the terminal: that is the result, not a run directory.
+    if given is None and (command in NO_DIRECTORY or _names_its_output(command, config)):
+        where = Path(config.runs[0]) if command == "report" else Path()
+        metrics, _ = work(where)
+        return StageResult(where, 0, metrics)
+    return run_once(command, config, folder, work)
+
+
+NO_DIRECTORY = ("report", "chat", "data show", "data pairs")
+
+
+def _names_its_output(command: str, config: Any) -> bool:
+    text_only = command == "generate" and config.prompt and not config.prompts
+    return getattr(config, "output", None) is not None or bool(text_only)
 
 
 def _recipe(command: str) -> Callable[..., Any]:
@@ -101,13 +117,53 @@ def _recipe(command: str) -> Callable[..., Any]:
     return ppo
 
 
-def _work(command: str) -> Callable[..., Any]:
-    if command == "world":
-        from jaxrlhf.stages.world import write_world
+def _work(command: str, config: Any) -> Callable[[Path], tuple[dict[str, float], list[str]]]:
+    """What a stage that trains nothing does, given its directory."""
+    if command in ("world", "label"):
+        from jaxrlhf.stages import world
 
-        return write_world
-    if command == "label":
-        from jaxrlhf.stages.world import label
+        function = world.write_world if command == "world" else world.label
+        return lambda path: function(config, path)
+    from jaxrlhf.stages import tools
 
-        return label
+    if command == "report":
+        return lambda path: tools.report(config, path)
+    if command in ("data show", "data pairs"):
+        show = tools.data_show if command == "data show" else tools.data_pairs
+
+        def printed(path: Path) -> tuple[dict[str, float], list[str]]:
+            show(config)
+            return {}, []
+
+        return printed
+    return lambda path: _on_mesh(command, config, path)
+
+
+def _on_mesh(command: str, config: Any, path: Path) -> tuple[dict[str, float], list[str]]:
+    """A stage that runs a model: on the mesh of the settings, models sharded over it."""
+    from jaxrlhf.parallel import distributed
+    from jaxrlhf.parallel.mesh import make_mesh
+    from jaxrlhf.parallel.rules import use_mesh
+    from jaxrlhf.stages import tools
+
+    distributed.initialize()
+    sizes = config.mesh.model_dump() if hasattr(config, "mesh") else {"fsdp": -1}
+    with use_mesh(make_mesh(**sizes)) as mesh:
+        if command == "chat":
+            tools.chat(config, mesh)
+            return {}, []
+        if command == "export":
+            return tools.export(config, path, mesh)
+        if command == "generate":
+            from jaxrlhf.stages.generate import generate
+
+            return generate(config, path, mesh)
+        if command == "score":
+            from jaxrlhf.stages.score import score
+
+            return score(config, path, mesh)
+        if command == "eval":
+            from jaxrlhf.stages.evaluate import evaluate
+
+            return evaluate(config, path, mesh)
     raise ConfigError(f"{command}: no such stage")

@@ -159,7 +159,9 @@ class Judge:
         rows: LMBatch,
     ) -> dict[str, np.ndarray]:
         """Scores by name, each float32 [n], before weighting."""
-        return {name: scorer(prompts, texts, columns, rows) for name, scorer in self.scorers.items()}
+        return {
+            name: scorer(prompts, texts, columns, rows) for name, scorer in self.scorers.items()
+        }
 
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """The weighted sum, float32 [n]: what is optimised."""
@@ -234,9 +236,7 @@ def _batches(found: Completions, mesh: Mesh, batch_size: int):
     """(indices, rows on the mesh) of fixed size; one padded length for all."""
     shards = row_shards(mesh)
     size = -(-batch_size // shards) * shards
-    longest = max(
-        len(p) + len(c) for p, c in zip(found.prompt_ids, found.token_ids, strict=True)
-    )
+    longest = max(len(p) + len(c) for p, c in zip(found.prompt_ids, found.token_ids, strict=True))
     for start in range(0, len(found), size):
         indices = list(range(start, min(start + size, len(found))))
         indices += [-1] * (size - len(indices))

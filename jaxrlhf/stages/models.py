@@ -176,9 +176,9 @@ def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str)
     config = new_config(section.init, len(tokenizer))
     check_vocabulary(tokenizer, config.vocab_size)
     where, _ = shardings(logical_axes(config), abstract_params(config), mesh)
-    params = jax.jit(
-        lambda key: init_params(key, config, param_dtype=dtype), out_shardings=where
-    )(key)
+    params = jax.jit(lambda key: init_params(key, config, param_dtype=dtype), out_shardings=where)(
+        key
+    )
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     hf = {name: getattr(tokenizer, name) for name in names}
     runtime = make_runtime(section, config, mesh)

@@ -27,6 +27,7 @@ def run_once(command: str, config: StageConfig, output: Path, work: Work) -> Sta
         lineage.record(output, config)
         metrics, files = work(output)
         if distributed.is_primary():
+            content = lineage.files_digest(output, files)
             write_json(
                 output / "summary.json",
                 {
@@ -35,7 +36,8 @@ def run_once(command: str, config: StageConfig, output: Path, work: Work) -> Sta
                     "steps_planned": 1,
                     "exit_reason": "done",
                     "metrics": {k: v for k, v in metrics.items() if v == v},
-                    "content": lineage.files_digest(output, files),
+                    "content": content,
+                    "files": {"names": files, "digest": content},
                     "parents": lineage.contents(config),
                     "wall_seconds": round(time.perf_counter() - began, 3),
                     "peak_memory_bytes": peak_memory_bytes(),

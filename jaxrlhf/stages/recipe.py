@@ -35,7 +35,6 @@ class Recipe:
         tokenizer, hf_config, pad_token_id: saved beside the result.
         show: metrics that come first on the progress line.
         notes: lines shown before the run: counts of data, what was truncated, the arithmetic.
-        parents: {role: (path, content digest)} of the models and data that feed the stage.
     """
 
     kind: Literal["lm", "reward"]
@@ -57,4 +56,3 @@ class Recipe:
     pad_token_id: int | None = None
     show: tuple[str, ...] = ("loss",)
     notes: list[str] = dataclasses.field(default_factory=list)
-    parents: dict[str, Any] = dataclasses.field(default_factory=dict)

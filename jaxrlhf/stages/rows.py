@@ -20,11 +20,6 @@ def source_specs(sources: Sequence[Source]) -> list[dict[str, Any]]:
     return [{k: v for k, v in s.model_dump().items() if v not in (None, {})} for s in sources]
 
 
-def truncation(name: str) -> str:
-    """The data functions' name of a truncation policy."""
-    return f"truncate-{name}" if name in ("left", "right") else name
-
-
 def _both(
     data: DataSection, encode: Callable[[list[dict[str, Any]]], Rows], seed: int
 ) -> tuple[Rows, Rows | None, list[str]]:
@@ -49,9 +44,7 @@ def _both(
     return train, held_out, lines
 
 
-def lm_rows(
-    data: DataSection, model: Model, seed: int
-) -> tuple[RowSet, RowSet | None, list[str]]:
+def lm_rows(data: DataSection, model: Model, seed: int) -> tuple[RowSet, RowSet | None, list[str]]:
     """Rows for next-token training."""
     return _both(
         data,
@@ -61,7 +54,7 @@ def lm_rows(
             max_length=data.max_length,
             template=data.template,
             completion_only=data.completion_only,
-            truncation=truncation(data.truncation),
+            truncation=data.truncation,
             append_eos=data.append_eos,
             on_bad_row=data.on_bad_row,
             vocab_size=model.config.vocab_size,
@@ -82,7 +75,7 @@ def pair_rows(
             model.tokenizer,
             max_length=data.max_length,
             template=data.template,
-            truncation=truncation(data.truncation),
+            truncation=data.truncation,
             append_eos=data.append_eos,
             on_bad_row=data.on_bad_row,
             vocab_size=model.config.vocab_size,
@@ -96,9 +89,7 @@ def prompt_rows(
     data: DataSection, model: Model, seed: int, *, max_new_tokens: int
 ) -> tuple[PromptSet, PromptSet | None, list[str]]:
     """Prompts to sample from, leaving room for the completion."""
-    limit = min(
-        data.max_prompt_length or data.max_length, max(2, data.max_length - max_new_tokens)
-    )
+    limit = min(data.max_prompt_length or data.max_length, max(2, data.max_length - max_new_tokens))
     return _both(
         data,
         lambda sources: encode_prompts(
@@ -106,7 +97,7 @@ def prompt_rows(
             model.tokenizer,
             max_length=limit,
             template=data.template,
-            truncation=truncation(data.truncation),
+            truncation=data.truncation,
             on_bad_row=data.on_bad_row,
             vocab_size=model.config.vocab_size,
             seed=seed,

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run directory: what it was told, where it ran, what came of it.
 
-    config.yaml       the resolved configuration
-    environment.json  versions, devices, command
-    summary.json      how it ended; exit code 0 only if everything planned was done
+config.yaml       the resolved configuration
+environment.json  versions, devices, command
+summary.json      how it ended; exit code 0 only if everything planned was done
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from jaxrlhf.config.stages import StageConfig
 from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.parallel.distributed import is_primary
 from jaxrlhf.train.lock import run_lock
+
 
 def default_directory(command: str) -> Path:
     """runs/<stage>-<time>, where nobody said where."""

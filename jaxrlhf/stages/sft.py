@@ -25,8 +25,10 @@ from jaxrlhf.types import LMBatch, Params
 
 def make_weights(name: str, length: int) -> Any:
     """A weight function by name: [B, T] mask of the global batch -> [B, T] weights."""
-    return functools.partial(fixed_length_weights, length=length) if name == "fixed_length" else (
-        WEIGHTS[name]
+    return (
+        functools.partial(fixed_length_weights, length=length)
+        if name == "fixed_length"
+        else (WEIGHTS[name])
     )
 
 

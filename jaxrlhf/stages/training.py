@@ -193,7 +193,7 @@ def _run(
         "model": recipe.architecture.to_dict(),
         "exported": list(recipe.exported),
         "hf_config": recipe.hf_config,
-        "parents": recipe.parents,
+        "parents": lineage.contents(config),
     }
     checkpoints = Checkpoints(
         output,
@@ -324,7 +324,8 @@ def _finish(
             "exit_reason": outcome.reason,
             "metrics": {k: v for k, v in outcome.metrics.items() if v == v},
             "content": content,
-            "parents": recipe.parents,
+            "files": exported_files(output) if content is not None else None,
+            "parents": lineage.contents(config),
             "tokens": outcome.metrics.get("tokens_seen"),
             "wall_seconds": round(seconds + earlier.get("wall_seconds", 0.0), 3),
             "peak_memory_bytes": peak_memory_bytes(),
@@ -332,6 +333,12 @@ def _finish(
         write_json(output / "summary.json", {k: v for k, v in summary.items() if v is not None})
     distributed.barrier("summary")
     return StageResult(output, outcome.exit_code, outcome.metrics, outcome.message)
+
+
+def exported_files(output: Path) -> dict[str, Any]:
+    """The files of the result and their digest, by which damage is noticed later."""
+    names = sorted(p.relative_to(output).as_posix() for p in (output / "export").iterdir())
+    return {"names": names, "digest": lineage.files_digest(output, names)}
 
 
 def export(

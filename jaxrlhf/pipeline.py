@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a pipeline: stages in order, finished and verified ones skipped, lineage written down.
+
+    DIR/pipeline.json    {stages: [{name, stage, dir, status, seconds, content, parents, values}]}
+    DIR/NAME/            the run directory of each stage
+
+A stage is skipped only if it finished, its settings and the content of all its inputs are what they
+were, and its result is still the bytes it wrote. A stage whose inputs changed is run anew; what its
+folder held is moved aside, never removed.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxrlhf.config.pipeline import PipelinePlan, PlannedStage, resolve
+from jaxrlhf.config.stages import StageConfig
+from jaxrlhf.errors import JaxrlhfError
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineResult:
+    """How a pipeline ended: its directory, exit code, and a record of each stage."""
+
+    path: Path
+    exit_code: int
+    stages: list[dict[str, Any]]
+
+
+def run_pipeline(
+    plan: PipelinePlan,
+    output: str | Path | None = None,
+    *,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    dry_run: bool = False,
+) -> PipelineResult:
+    """Runs every stage of the plan that is not finished.
+
+    Args:
+        output: the pipeline's directory; default the plan's.
+        resume: "auto", or "never" to run every stage anew (what is there is moved aside).
+        dry_run: say what would be done, and do nothing.
+
+    Raises:
+        JaxrlhfError: a stage failed for a reason its message names; what is finished stays so.
+    """
+    from jaxrlhf.stages.rundir import write_json
+    from jaxrlhf.train.signals import graceful_stop
+
+    folder = Path(output or plan.output_dir).resolve()
+    outputs = {planned.name: folder / planned.folder for planned in plan.stages}
+    records: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    with graceful_stop() as stop_requested:
+        for i, planned in enumerate(plan.stages):
+            config = resolve(planned.config, outputs)
+            place = f"[{i + 1}/{len(plan.stages)}] {planned.name}"
+            if dry_run:
+                print(f"{place}: {planned.stage} in {outputs[planned.name]}", flush=True)
+                continue
+            if stop_requested():
+                print(f"{place}: stopped before it began; call again to go on", flush=True)
+                return PipelineResult(folder, 143, records)
+            exit_code, record = _run(
+                planned,
+                config,
+                outputs[planned.name],
+                place,
+                fresh=resume == "never",
+                allow_change=allow_change,
+                stop_requested=stop_requested,
+            )
+            records.append({**record, "parents": list(planned.parents), "values": planned.values})
+            write_json(folder / "pipeline.json", {"name": plan.name, "stages": records})
+            if exit_code:
+                return PipelineResult(folder, exit_code, records)
+    ran = sum(record["status"] == "done" for record in records)
+    if not dry_run:
+        print(
+            f"{plan.name}: {ran} stages run, {len(records) - ran} were finished already, "
+            f"{time.perf_counter() - began:.0f} s; results in {folder}",
+            flush=True,
+        )
+    return PipelineResult(folder, 0, records)
+
+
+def _run(
+    planned: PlannedStage,
+    config: StageConfig,
+    folder: Path,
+    place: str,
+    *,
+    fresh: bool,
+    allow_change: Sequence[str],
+    stop_requested: Any,
+) -> tuple[int, dict[str, Any]]:
+    """Runs one stage unless it is finished; returns (exit code, its record)."""
+    from jaxrlhf.stages import run_stage
+    from jaxrlhf.stages.lineage import identity
+    from jaxrlhf.stages.rundir import read_summary, write_json
+
+    mine = identity(planned.stage, config)
+    summary = read_summary(folder)
+    record = {"name": planned.name, "stage": planned.stage, "dir": planned.folder}
+    if not fresh and summary is not None and _finished(folder, summary, mine):
+        print(f"{place}: finished already", flush=True)
+        seconds = summary.get("wall_seconds")
+        return 0, {**record, "status": "skipped", "seconds": seconds, "content": summary["content"]}
+    if folder.exists() and (fresh or _identity_of(folder) != mine):
+        _move_aside(folder, place)
+    print(f"{place}: {planned.stage}", flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "identity.json", {"identity": mine})
+    try:
+        result = run_stage(
+            planned.stage,
+            config,
+            folder,
+            allow_change=allow_change,
+            stop_requested=stop_requested,
+        )
+    except JaxrlhfError as error:
+        raise type(error)(f"{place}: {error}") from error
+    finally:
+        _release()
+    summary = read_summary(folder) or {}
+    status = "done" if result.exit_code == 0 else summary.get("exit_reason", "failed")
+    found = {"status": status, "seconds": summary.get("wall_seconds")}
+    return result.exit_code, {**record, **found, "content": summary.get("content")}
+
+
+def _finished(folder: Path, summary: dict[str, Any], identity: str) -> bool:
+    """Whether a stage is done, made of what it would be made of now, and undamaged."""
+    from jaxrlhf.stages.lineage import files_digest
+
+    if summary.get("exit_reason") != "done" or "content" not in summary:
+        return False
+    if _identity_of(folder) != identity:
+        return False
+    try:
+        kept = summary.get("files", {"names": [], "digest": None})
+        return kept["digest"] is None or files_digest(folder, kept["names"]) == kept["digest"]
+    except OSError:
+        return False
+
+
+def _identity_of(folder: Path) -> str | None:
+    try:
+        return json.loads((folder / "identity.json").read_text(encoding="utf-8"))["identity"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _move_aside(folder: Path, place: str) -> None:
+    """Makes room without losing anything."""
+    if not any(folder.iterdir()):
+        return
+    number = 1
+    while (target := folder.with_name(f"{folder.name}.old-{number}")).exists():
+        number += 1
+    folder.rename(target)
+    print(f"{place}: settings or inputs changed; the earlier run is kept as {target}", flush=True)
+
+
+def _release() -> None:
+    """Frees what a stage leaves in memory: its programs, and cycles that hold its arrays."""
+    import gc
+
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

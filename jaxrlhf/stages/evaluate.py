@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Figures of one model with their intervals, written to eval.json.
+
+What is measured follows from what is given: text gives perplexity, comparisons give the accuracy
+and calibration of a reward model (or of a language model's log-probs), prompts give completions and
+with them proxy and gold scores, KL to a reference, win rates against a baseline.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.config.stages import EvalConfig
+from jaxrlhf.data.encode import encode_lm, encode_pairs, encode_prompts
+from jaxrlhf.data.show import stage_of
+from jaxrlhf.data.tokenizer import tokenizer_digest
+from jaxrlhf.errors import ConfigError
+from jaxrlhf.evaluation.alarms import find_alarms
+from jaxrlhf.evaluation.calibration import judge_pairs
+from jaxrlhf.evaluation.goodhart import best_of_n_curve, optimum, optimum_curve
+from jaxrlhf.evaluation.intervals import bootstrap_mean
+from jaxrlhf.evaluation.perplexity import perplexity
+from jaxrlhf.evaluation.results import (
+    Comparison,
+    CurvePoint,
+    EvalResult,
+    Sample,
+    write_results,
+)
+from jaxrlhf.evaluation.text_metrics import describe_completions
+from jaxrlhf.evaluation.winrate import compare
+from jaxrlhf.models.rows import row_logprobs
+from jaxrlhf.ops.masking import masked_sum
+from jaxrlhf.parallel.distributed import is_primary, to_host
+from jaxrlhf.parallel.rules import put_batch
+from jaxrlhf.stages.completions import (
+    Completions,
+    judge_completions,
+    make_completer,
+    make_judge,
+    make_kl,
+)
+from jaxrlhf.stages.models import Model, open_model
+from jaxrlhf.stages.preference import make_logprobs
+from jaxrlhf.stages.reward import make_scorer
+from jaxrlhf.stages.rows import evaluation_batches, source_specs
+from jaxrlhf.stages.training import check_fits, stage_key
+
+SEED = "eval"  # two models are sampled with the same keys: what differs is the models
+
+
+@dataclasses.dataclass
+class _Findings:
+    """What is found about one model, gathered part by part."""
+
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    comparisons: list[Comparison] = dataclasses.field(default_factory=list)
+    curve: list[CurvePoint] = dataclasses.field(default_factory=list)
+    samples: list[Sample] = dataclasses.field(default_factory=list)
+    alarms: list[Any] = dataclasses.field(default_factory=list)
+    names: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: list[str] = dataclasses.field(default_factory=list)
+    calibration: Any = None
+    count: int = 0
+
+
+def evaluate(config: EvalConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
+    """Measures everything that the configuration gives material for."""
+    model = open_model(config.model, mesh, frozen=True)
+    label = config.label or _label(config, output)
+    found = _Findings()
+    if config.data.eval:
+        _on_rows(config, model, mesh, found)
+    if config.prompts:
+        if model.kind != "lm":
+            raise ConfigError(
+                f"prompts: {model.source} is a reward model, which completes nothing; give "
+                "comparisons as data.eval"
+            )
+        _on_prompts(config, model, mesh, found)
+    result = EvalResult(
+        model=model.source,
+        label=label,
+        baseline=_short(config.baseline) if config.baseline else "",
+        count=found.count,
+        names=found.names,
+        metrics=found.metrics,
+        intervals=found.intervals,
+        level=config.eval.confidence,
+        comparisons=tuple(found.comparisons),
+        calibration=found.calibration,
+        curve=tuple(found.curve),
+        alarms=tuple(found.alarms),
+        samples=tuple(found.samples),
+        notes=tuple(found.notes),
+    )
+    if is_primary():
+        write_results(output, [result])
+        _print(label, found)
+    return found.metrics, ["eval.json"]
+
+
+def _label(config: EvalConfig, output: Path) -> str:
+    return _short(config.model.path or "") or output.name
+
+
+def _short(place: str) -> str:
+    """How a model is called in tables: the last part of its place."""
+    return Path(place).name or place
+
+
+def _on_rows(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> None:
+    """Perplexity of text; accuracy and calibration on comparisons."""
+    data, specs = config.data, source_specs(config.data.eval)
+    encoding: dict[str, Any] = {
+        "max_length": data.max_length,
+        "template": data.template,
+        "truncation": data.truncation,
+        "on_bad_row": data.on_bad_row,
+        "append_eos": data.append_eos,
+        "vocab_size": model.config.vocab_size,
+        "seed": config.seed,
+    }
+    if stage_of(specs, data.on_bad_row) == "pairs":
+        pairs = encode_pairs(specs, model.tokenizer, **encoding)
+        batches = evaluation_batches(pairs, data, config.batch_size)
+        if model.kind == "reward":
+            scores = make_scorer(model.config, model.runtime, batches, mesh)(model.params)
+        else:
+            scores = make_logprobs(model.config, model.runtime, mesh)(model.params, batches)
+            found.notes.append("accuracy is that of the language model's own completion log-probs")
+        chosen, rejected = scores.astype(np.float64).T
+        metrics, intervals, found.calibration = judge_pairs(
+            chosen,
+            rejected,
+            chosen_lengths=pairs.chosen.lengths,
+            rejected_lengths=pairs.rejected.lengths,
+            clusters=pairs.groups,
+            bins=config.eval.calibration_bins,
+            samples=config.eval.bootstrap,
+            seed=config.seed,
+        )
+        found.count = len(pairs)
+    else:
+        if model.kind != "lm":
+            raise ConfigError(
+                f"data.eval: {model.source} is a reward model and needs comparisons, not text"
+            )
+        rows = encode_lm(specs, model.tokenizer, completion_only=data.completion_only, **encoding)
+
+        @jax.jit
+        def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+            logprobs = row_logprobs(params, model.config, model.runtime, batch)
+            mask = batch.completion_mask
+            return masked_sum(logprobs, mask, axis=1), mask.sum(1)
+
+        parts = [
+            [to_host(x) for x in sums(model.params, put_batch(batch, mesh))]
+            for batch in evaluation_batches(rows, data, config.batch_size)
+        ]
+        logprobs, counts = (np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True))
+        metrics, intervals = perplexity(
+            logprobs, counts, samples=config.eval.bootstrap, seed=config.seed
+        )
+        found.count = len(rows)
+    found.metrics |= metrics
+    found.intervals |= intervals
+
+
+def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> None:
+    """Completions: their text, proxy and gold, KL, and the same of a baseline beside them."""
+    n = config.eval.samples_per_prompt
+    prompts = encode_prompts(
+        source_specs(config.prompts),
+        model.tokenizer,
+        max_length=config.data.max_length,
+        template=config.data.template,
+        vocab_size=model.config.vocab_size,
+        seed=config.seed,
+    )
+    options = {
+        "samples": config.eval.bootstrap,
+        "level": config.eval.confidence,
+        "seed": config.seed,
+    }
+    judges = {
+        "proxy": make_judge(config.proxy, config.model, model, mesh),
+        "gold": make_judge(config.gold, config.model, model, mesh),
+    }
+    judges = {name: judge for name, judge in judges.items() if judge.scorers}
+    found.names = {name: " + ".join(judge.scorers) for name, judge in judges.items()}
+    key = stage_key(config.seed, SEED)
+
+    def complete(who: Model) -> Completions:
+        completer = make_completer(who, config.sampling, mesh, batch_size=config.batch_size)
+        return completer(who.params, prompts, n, key)
+
+    def scores_of(said: Completions) -> dict[str, np.ndarray]:
+        totals = {}
+        for name, judge in judges.items():
+            parts = judge_completions(judge, said, mesh, batch_size=config.batch_size)
+            totals[name] = judge.total(parts).astype(np.float64)
+            if len(parts) > 1:
+                totals |= {f"{name}/{k}": v.astype(np.float64) for k, v in parts.items()}
+        return totals
+
+    said = complete(model)
+    found.count = len(said)
+    scores = scores_of(said)
+    nats = None
+    if config.reference:
+        reference = _other(config, config.reference, model, mesh)
+        temperature = config.sampling.temperature or 1.0
+        nats = make_kl(model, reference, mesh, temperature=temperature)(
+            model.params, said, config.batch_size
+        )
+        scores["kl"] = nats
+        if config.eval.kl_coef is not None and "proxy" in scores:
+            scores["objective"] = scores["proxy"] - config.eval.kl_coef * nats
+    for name, values in scores.items():
+        found.metrics[name] = float(values.mean())
+        found.intervals[name] = bootstrap_mean(values, clusters=said.groups, **options)
+    found.metrics |= describe_completions(
+        said.texts, lengths=said.lengths.tolist(), finish_reasons=said.finish_reasons
+    )
+    if n > 1 and "proxy" in scores:
+        _curves(config, scores, len(prompts), n, found)
+    theirs = their_scores = None
+    if config.baseline:
+        theirs = complete(_other(config, config.baseline, model, mesh))
+        their_scores = scores_of(theirs)
+        name = _short(config.baseline)
+        for metric in judges:
+            found.comparisons.append(
+                compare(
+                    metric,
+                    name,
+                    their_scores[metric],
+                    scores[metric],
+                    clusters=said.groups,
+                    **options,
+                )
+            )
+        before = {k: float(v.mean()) for k, v in their_scores.items()} | describe_completions(
+            theirs.texts, lengths=theirs.lengths.tolist(), finish_reasons=theirs.finish_reasons
+        )
+        found.alarms = find_alarms(before, found.metrics, found.comparisons)
+    found.samples = _samples(said, scores, theirs, their_scores, config.eval.samples, n)
+
+
+def _other(config: EvalConfig, place: str, model: Model, mesh: Mesh) -> Model:
+    other = open_model(config.model, mesh, path=place, kind="lm", frozen=True)
+    check_fits("model", tokenizer_digest(model.tokenizer), place, tokenizer_digest(other.tokenizer))
+    return other
+
+
+def _curves(
+    config: EvalConfig, scores: dict[str, np.ndarray], prompts: int, n: int, found: _Findings
+) -> None:
+    """Best-of-n of this model, and the best that any policy could reach starting from it."""
+    proxy = scores["proxy"].reshape(prompts, n)
+    gold = scores["gold"].reshape(prompts, n) if "gold" in scores else None
+    if config.eval.best_of:
+        points = best_of_n_curve(proxy, gold, ns=config.eval.best_of)
+        found.curve += points
+        for point in points:
+            for name, value in (("proxy", point.proxy), ("gold", point.gold)):
+                if value is not None:
+                    found.metrics[f"best_of_{point.n}/{name}"] = value
+                    if name in point.intervals:
+                        found.intervals[f"best_of_{point.n}/{name}"] = point.intervals[name]
+    if config.eval.tilt:
+        found.curve += optimum_curve(proxy, gold)
+        for coef in config.eval.tilt:
+            best = optimum(
+                proxy, coef, gold, samples=config.eval.bootstrap, level=config.eval.confidence
+            )
+            name = f"optimum/{coef:g}"
+            found.metrics |= {
+                name: best.objective,
+                f"{name}/kl": best.kl,
+                f"{name}/proxy": best.proxy,
+            }
+            found.intervals[name] = best.interval
+
+
+def _samples(
+    said: Completions,
+    scores: dict[str, np.ndarray],
+    theirs: Completions | None,
+    their_scores: dict[str, np.ndarray] | None,
+    count: int,
+    n: int,
+) -> list[Sample]:
+    """The first completion of each of the first prompts, beside the baseline's."""
+
+    def of(values: dict[str, np.ndarray] | None, i: int) -> dict[str, float]:
+        return {name: float(x[i]) for name, x in (values or {}).items()}
+
+    return [
+        Sample(
+            prompt=_text(said.prompts[i]),
+            completion=said.texts[i],
+            scores=of(scores, i),
+            length=int(said.lengths[i]),
+            finish_reason=said.finish_reasons[i],
+            baseline_completion=None if theirs is None else theirs.texts[i],
+            baseline_scores=of(their_scores, i),
+        )
+        for i in range(0, min(count * n, len(said)), n)
+    ]
+
+
+def _text(prompt: Any) -> str:
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def _print(label: str, found: _Findings) -> None:
+    """The table on the terminal."""
+    for name, value in found.metrics.items():
+        low, high = found.intervals.get(name, (None, None))
+        interval = "" if low is None else f"  [{low:.4g}, {high:.4g}]"
+        print(f"eval {label}: {name} {value:.4g}{interval}", flush=True)
+    for comparison in found.comparisons:
+        rate, interval = comparison.win_rate, comparison.win_rate_interval
+        shown = "" if interval is None else f"  [{interval[0]:.3f}, {interval[1]:.3f}]"
+        print(
+            f"eval {label}: wins {rate:.3f}{shown} of its prompts against {comparison.baseline} "
+            f"by {comparison.metric}",
+            flush=True,
+        )
+    for alarm in found.alarms:
+        print(f"eval {label}: {alarm.severity}: {alarm.message}", flush=True)

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Completions of prompts, as rows {prompt, completion, token_ids, logprobs, finish_reason}."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jaxrlhf.config.stages import GenerateConfig
+from jaxrlhf.data.encode import PromptSet, encode_prompts
+from jaxrlhf.parallel.distributed import is_primary
+from jaxrlhf.stages.completions import Completions, make_completer
+from jaxrlhf.stages.models import Model, open_model
+from jaxrlhf.stages.rows import source_specs
+from jaxrlhf.stages.training import stage_key
+
+
+def prompts_of(config: GenerateConfig, model: Model) -> PromptSet:
+    """The prompts given as text, then those of the sources."""
+    specs: list[Any] = source_specs(config.prompts)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.prompt:
+            file = Path(folder) / "prompt.jsonl"
+            rows = [json.dumps({"prompt": text}) + "\n" for text in config.prompt]
+            file.write_text("".join(rows), encoding="utf-8")
+            specs = [{"source": str(file)}, *specs]
+        return encode_prompts(
+            specs,
+            model.tokenizer,
+            max_length=config.max_prompt_length,
+            template=config.template,
+            truncation=config.truncation,
+            vocab_size=model.config.vocab_size,
+            seed=config.seed,
+        )
+
+
+def generate(
+    config: GenerateConfig, output: Path, mesh: Mesh
+) -> tuple[dict[str, float], list[str]]:
+    """Writes the completions; prints them where the prompts were given as text."""
+    model = open_model(config.model, mesh, kind="lm", frozen=True)
+    prompts = prompts_of(config, model)
+    complete = make_completer(model, config.sampling, mesh)
+    found = complete(model.params, prompts, config.n, stage_key(config.seed, "generate"))
+    path = Path(config.output) if config.output else output / "completions.jsonl"
+    if is_primary():
+        write_jsonl(path, rows_of(found))
+        if config.prompt and not config.prompts:
+            for prompt, text in zip(found.prompts, found.texts, strict=True):
+                print(f"{prompt}{text}\n", flush=True)
+        print(f"generate: {len(found)} completions in {path}", flush=True)
+    metrics = {
+        "completions": float(len(found)),
+        "completions/mean_length": float(found.lengths.mean()),
+        "completions/eos_rate": sum(r == "stop" for r in found.finish_reasons) / len(found),
+    }
+    return metrics, [path.name] if path.parent == output else []
+
+
+def rows_of(found: Completions) -> list[dict[str, Any]]:
+    """Completions as rows of a jsonl file; the prompt's other columns come along."""
+    return [
+        {
+            "prompt": found.prompts[i],
+            "completion": found.texts[i],
+            "token_ids": found.token_ids[i],
+            "logprobs": found.logprobs[i],
+            "finish_reason": found.finish_reasons[i],
+            **{name: values[i] for name, values in found.columns.items()},
+        }
+        for i in range(len(found))
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A jsonl file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with open(partial, "w", encoding="utf-8", newline="\n") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    partial.rename(path)

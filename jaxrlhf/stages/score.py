@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Log-probs or rewards of given completions.
+
+`prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS never added.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxrlhf.config.data import DataSection
+from jaxrlhf.config.stages import ScoreConfig
+from jaxrlhf.data.encode import encode_lm
+from jaxrlhf.models.rows import row_logprobs, row_scores
+from jaxrlhf.parallel.distributed import is_primary, to_host
+from jaxrlhf.parallel.rules import put_batch
+from jaxrlhf.stages.generate import write_jsonl
+from jaxrlhf.stages.models import open_model
+from jaxrlhf.stages.rows import evaluation_batches, source_specs
+
+
+def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
+    """Rows {logprob, token_logprobs, token_ids} of a language model, {reward} of a reward model."""
+    model = open_model(config.model, mesh, frozen=True)
+    rows = encode_lm(
+        source_specs(config.data),
+        model.tokenizer,
+        max_length=config.max_length,
+        truncation="error",
+        append_eos=False,
+        vocab_size=model.config.vocab_size,
+        seed=config.seed,
+    )
+    reward = model.kind == "reward"
+
+    @jax.jit
+    def said(params: Any, batch: Any) -> jax.Array:
+        function = row_scores if reward else row_logprobs
+        return function(params, model.config, model.runtime, batch)
+
+    batches = evaluation_batches(rows, DataSection(max_length=config.max_length), config.batch_size)
+    results: list[dict[str, Any]] = []
+    for step, batch in enumerate(batches):
+        values = to_host(said(model.params, put_batch(batch, mesh)))
+        for b, i in enumerate(batches.indices_at(step)):
+            if i < 0:
+                continue
+            if reward:
+                results.append({"reward": float(values[b])})
+                continue
+            mask = batch.completion_mask[b]
+            chosen = values[b][mask].astype(np.float64)
+            results.append(
+                {
+                    "logprob": float(chosen.sum()),
+                    "token_logprobs": [float(x) for x in values[b][mask]],
+                    "token_ids": batch.tokens[b][mask].tolist(),
+                }
+            )
+    path = Path(config.output) if config.output else output / "scores.jsonl"
+    name = "reward" if reward else "logprob"
+    mean = float(np.mean([row[name] for row in results]))
+    if is_primary():
+        write_jsonl(path, results)
+        print(f"score: {len(results)} rows, mean {name} {mean:.4g}, in {path}", flush=True)
+    return {f"mean_{name}": mean}, [path.name] if path.parent == output else []
