@@ -2,6 +2,7 @@
 """Several processes: start-up, and the few things that only one of them, or all together, do."""
 
 import os
+import threading
 from typing import Any
 
 import jax
@@ -57,16 +58,44 @@ def initialize() -> bool:
                 f"JAX_PROCESS_ID={os.environ.get('JAX_PROCESS_ID')}"
             ) from None
         given = {"coordinator_address": address, "num_processes": count, "process_id": index}
-    seconds = int(os.environ.get("JAXRLHF_START_SECONDS", START_SECONDS))
-    print(f"joining the other processes {given or '(found by jax)'}, up to {seconds} s", flush=True)
-    jax.distributed.initialize(
-        **given,
-        initialization_timeout=seconds,
-        heartbeat_timeout_seconds=int(
-            os.environ.get("JAXRLHF_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS)
-        ),
+    seconds = float(os.environ.get("JAXRLHF_START_SECONDS", START_SECONDS))
+    beat = int(os.environ.get("JAXRLHF_HEARTBEAT_SECONDS", HEARTBEAT_SECONDS))
+    print(
+        f"joining the other processes {given or '(found by jax)'}, up to {seconds:g} s", flush=True
     )
+    # When its own patience ends jax aborts with a C++ stack trace: be there first, with words.
+    late = threading.Timer(seconds, _give_up, args=(seconds, given))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            **given,
+            initialization_timeout=int(seconds) + 60,
+            heartbeat_timeout_seconds=beat,
+        )
+    finally:
+        late.cancel()
     return True
+
+
+def _give_up(seconds: float, given: dict[str, Any]) -> None:
+    count = given.get("num_processes")
+    os.write(
+        2,
+        (
+            f"\nnot all {count or 'the'} processes came together within {seconds:g} s. "
+            "Start the same command on every host"
+            + (
+                f": JAX_COORDINATOR_ADDRESS={given['coordinator_address']} "
+                f"JAX_NUM_PROCESSES={count} and JAX_PROCESS_ID=0 ... {count - 1} (this one is "
+                f"{given['process_id']}; process 0 runs at that address)"
+                if count
+                else " (gcloud compute tpus tpu-vm ssh NAME --worker=all --command ...)"
+            )
+            + ". JAXRLHF_START_SECONDS sets the patience\n"
+        ).encode(),
+    )
+    os._exit(JaxrlhfError.exit_code)
 
 
 def is_primary() -> bool:

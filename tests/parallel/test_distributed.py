@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from devices import run_in_processes, run_on_devices
+from devices import run_in_processes, run_on_devices, start
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 import toy
@@ -73,3 +73,22 @@ def test_alone_nothing_is_initialized(monkeypatch):
     assert not distributed.wanted()
     monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "a,b")
     assert distributed.wanted()
+
+
+def join():
+    distributed.initialize()
+
+
+def test_one_of_two_started_says_how_to_start_the_other(tmp_path):
+    env = {
+        "JAX_COORDINATOR_ADDRESS": "127.0.0.1:1",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": "1",
+        "JAXRLHF_START_SECONDS": "2",
+    }
+    child = start(join, tmp_path / "out.json", env=env)
+    text, _ = child.communicate(timeout=120)
+    assert child.returncode == 1, text
+    assert "not all 2 processes came together within 2 s" in text
+    assert "JAX_PROCESS_ID=0 ... 1 (this one is 1" in text
+    assert "stack trace" not in text
