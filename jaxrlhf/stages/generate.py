@@ -47,11 +47,12 @@ def generate(
     found = complete(model.params, prompts, config.n, stage_key(config.seed, "generate"))
     path = Path(config.output) if config.output else output / "completions.jsonl"
     if is_primary():
-        write_jsonl(path, rows_of(found))
         if config.prompt and not config.prompts:
             for prompt, text in zip(found.prompts, found.texts, strict=True):
                 print(f"{prompt}{text}\n", flush=True)
-        print(f"generate: {len(found)} completions in {path}", flush=True)
+        if config.output or output != Path():
+            write_jsonl(path, rows_of(found))
+            print(f"generate: {len(found)} completions in {path}", flush=True)
     metrics = {
         "completions": float(len(found)),
         "completions/mean_length": float(found.lengths.mean()),

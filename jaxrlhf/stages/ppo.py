@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reinforcement learning against rewards.
 
-    prompts -> rollout = sample(policy, prompts, key)          tokens, lengths
-            -> scores  = judge(rollout)                        reward models, functions, or both
+    prompts -> rollout = sample(policy, prompts, key)         tokens, lengths
+            -> scores  = judge(rollout)                       reward models, functions, or both
             -> exp     = build_experience(rollout, scores, old_logprobs, ref_logprobs, values)
-            -> for batch in minibatches(exp, key): state, metrics = train_step(state, {}, batch, key)
+            -> for batch in minibatches(exp, key):
+                   state, metrics = train_step(state, {}, batch, key)
 
 One unit of the loop is one iteration of these arrows. Its keys are functions of (seed, step), so an
 iteration that is killed in the middle is repeated exactly. The update never sees a reference or a
