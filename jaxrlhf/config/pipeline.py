@@ -89,7 +89,8 @@ def load_pipeline(
     for file in files:
         if (tree := places.read_file(file, errors)) is not None:
             top = _over(top, tree, errors)
-    entries = _entries(top.get("stages"), errors)
+    unreadable = bool(errors) and not top
+    entries = [] if unreadable else _entries(top.get("stages"), errors)
     named = dict(entries)
     for text in overrides:
         if (tree := places.read_override(text, errors)) is not None:
