@@ -78,12 +78,20 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> "PreTrainedTokenizer
             )
     else:
         path = None
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
     try:
         if path is not None and path.is_file():
+            from transformers import PreTrainedTokenizerFast
+
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(path))
+        elif path is not None and (path / "tokenizer.json").exists():
+            # The file as it stands. AutoTokenizer would look up a class by model family (and import
+            # torch where that is installed: seconds) only to wrap the same file.
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
         else:
+            from transformers import AutoTokenizer
+
             tokenizer = AutoTokenizer.from_pretrained(
                 str(path or name), use_fast=True, trust_remote_code=False
             )
