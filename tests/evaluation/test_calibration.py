@@ -110,3 +110,9 @@ def test_bag_of_words_is_the_regularised_optimum_of_the_pair_loss():
     best = scipy.optimize.minimize_scalar(loss, bounds=(-3, 3), method="bounded").x
     margins = cal.bag_of_words(chosen, rejected, ["aa"], ["bb"])
     np.testing.assert_allclose(margins, [2 * best], atol=1e-3)
+
+
+def test_a_confidence_on_an_edge_belongs_to_the_bin_below():
+    margin = np.log(3.0)
+    assert 1 / (1 + np.exp(-margin)) == 0.75
+    assert [b.count for b in cal.reliability([margin], bins=2).bins] == [1, 0]

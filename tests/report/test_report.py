@@ -391,6 +391,14 @@ def test_what_was_said_is_shown_in_full(tmp_path):
     assert got.text.count("<script>alert(1)</script>") > 10
 
 
+def test_control_characters_and_half_surrogates_are_made_visible(tmp_path):
+    path = write_report([poisoned(tmp_path / "a", "x\x00\x1b[31m\ud800y")], tmp_path / "a.html")
+    data = path.read_bytes()
+    assert b"\x00" not in data
+    assert b"\x1b" not in data
+    assert "x\ufffd\ufffd[31m" in data.decode("utf-8")
+
+
 def test_the_policy_allows_our_one_style_sheet_and_nothing_else(world, tmp_path):
     html = write_report([world], tmp_path / "r.html").read_text()
     policy = next(a["content"] for t, a in Page(html).tags if "http-equiv" in a)
