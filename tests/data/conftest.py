@@ -139,9 +139,7 @@ TOKENIZERS: dict[str, Callable] = {
     "wordpiece CLS SEP": lambda: _wrap(
         _wordpiece(), cls_token="[CLS]", eos_token="[SEP]", unk_token="[UNK]"
     ),
-    "wordlevel": lambda: _wrap(
-        _wordlevel(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    ),
+    "wordlevel": lambda: _wrap(_wordlevel(), bos_token="<s>", eos_token="</s>", unk_token="<unk>"),
 }
 LOSSLESS = [name for name in TOKENIZERS if name.startswith(("gpt2", "byte", "chatml", "meta"))]
 _BUILT: dict[str, object] = {}

@@ -30,8 +30,25 @@ CONTROL_STRINGS = (
 UNICODE = (
     *("naïve", "nai\u0308ve", "Ångström", "A\u030angstro\u0308m", "שלום עולם", "مرحبا"),
     *("a\u202eb\u202c", "zero\u200bwidth", "soft\u00adhyphen", "日本語", "👩‍👩‍👧‍👦", "🇫🇮", "क्षि"),
-    *("tab\there", "two  spaces", "   three", "line\nfeed", "win\r\ndows", "trailing ", "\u00a0nbsp"),
-    *("\u2028", "\ufeffbom", "ﬁ ligature", "ＦＵＬＬ", "\x07bell", "\x1b[31mred", "𝔘𝔫𝔦", "\U0010fffd"),
+    *(
+        "tab\there",
+        "two  spaces",
+        "   three",
+        "line\nfeed",
+        "win\r\ndows",
+        "trailing ",
+        "\u00a0nbsp",
+    ),
+    *(
+        "\u2028",
+        "\ufeffbom",
+        "ﬁ ligature",
+        "ＦＵＬＬ",
+        "\x07bell",
+        "\x1b[31mred",
+        "𝔘𝔫𝔦",
+        "\U0010fffd",
+    ),
 )
 
 
