@@ -13,6 +13,7 @@ Where a path can stand, `stage:NAME` is the run directory of an earlier stage an
 `stage:NAME/file` a file in it. `for_each` repeats a stage over values of a key (several keys: their
 lists go in step); the repetitions are NAME[0], NAME[1]... in folders NAME-0, NAME-1..., and in a
 list `stage:NAME` stands for all of them. `for_each: {model: stage:NAME}` goes over them too.
+(Inside [...] and {...} YAML wants 'stage:NAME[0]' in quotes.)
 """
 
 from __future__ import annotations

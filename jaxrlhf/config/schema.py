@@ -199,8 +199,11 @@ def walk(section: Section, prefix: tuple[str | int, ...] = ()) -> Iterator[tuple
         if isinstance(value, Section):
             yield from walk(value, path)
         elif isinstance(value, list) and shape is not None and shape.item is not None:
+            inner = shape.item
+            if shape.resume != "refuse":
+                inner = dataclasses.replace(inner, resume=shape.resume)
             for i, item in enumerate(value):
-                yield from enter(item, (*path, i), shape.item)
+                yield from enter(item, (*path, i), inner)
         else:
             yield path, value, shape or Shape("scalar", "")
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Files and overrides to one configuration; everything wrong is said at once, with its place."""
 
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
@@ -342,20 +343,16 @@ def test_whatever_a_file_holds_is_a_configuration_or_a_config_error(command, tre
         assert errors
         return
     settle(merge(Value({}, ""), read), STAGES[command], [])
-    try:
-        load(command, [], [], keywords={k: v for k, v in tree.items() if isinstance(k, str)})
-    except ConfigError as error:
-        assert str(error)
+    with contextlib.suppress(ConfigError):
+        load(command, [], [], keywords=tree)
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(max_size=30), st.text(max_size=30))
 def test_whatever_an_override_holds_is_a_configuration_or_a_config_error(key, value):
     for text in (f"{key}={value}", f"optim.{key}={value}", f"data.train={value}", key):
-        try:
+        with contextlib.suppress(ConfigError):
             load("sft", [], [*SFT, text])
-        except ConfigError as error:
-            assert str(error)
 
 
 def test_reading_settings_imports_no_jax():

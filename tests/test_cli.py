@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: words in, exit code and one screen out."""
+
+import json
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import yaml
+
+from jaxrlhf import cli, environment
+from jaxrlhf.config.load import load
+from jaxrlhf.config.stages import STAGES
+from jaxrlhf.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def stages(monkeypatch):
+    """Stands in for the stages: records what would have run."""
+    calls: list[tuple] = []
+    module = types.ModuleType("jaxrlhf.stages")
+
+    def run_stage(command, config, output=None, **extra):
+        calls.append((command, config, output, extra))
+        return types.SimpleNamespace(exit_code=0)
+
+    module.run_stage = run_stage  # type: ignore[attr-defined]
+    module.check_algorithms = lambda config: []  # type: ignore[attr-defined]
+    pipeline = types.ModuleType("jaxrlhf.pipeline")
+
+    def run_pipeline(plan, output=None, **extra):
+        calls.append(("run", plan, output, extra))
+        return types.SimpleNamespace(exit_code=143)
+
+    pipeline.run_pipeline = run_pipeline  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "jaxrlhf.stages", module)
+    monkeypatch.setitem(sys.modules, "jaxrlhf.pipeline", pipeline)
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    return calls
+
+
+def test_a_stage_gets_its_checked_configuration(stages, tmp_path, capsys):
+    file = tmp_path / "a.yaml"
+    file.write_text("model: ./m\ndata: d.jsonl\nlearning_rate: 1e-3\n")
+    words = ["sft", "seed=3", "-c", str(file), "--output", str(tmp_path / "o"), "train.steps=2"]
+    assert cli.main([*words, "--resume", "never", "--allow-change", "seed"]) == 0
+    ((command, config, output, extra),) = stages
+    assert command == "sft"
+    assert (config.seed, config.train.steps, config.optim.learning_rate) == (3, 2, 1e-3)
+    assert output == str(tmp_path / "o")
+    assert extra == {"resume": "never", "allow_change": ("seed",), "dry_run": False}
+    assert "learning_rate" in capsys.readouterr().err
+
+
+def test_generate_takes_prompts_as_they_are(stages):
+    words = ["generate", "-m", "./m", "--prompt", "a: b=c", "--prompt", "{x", "-n", "2"]
+    assert cli.main([*words, "-o", "out.jsonl", "sampling.temperature=0"]) == 0
+    config = stages[0][1]
+    assert config.prompt == ["a: b=c", "{x"]
+    assert (config.n, config.sampling.temperature) == (2, 0.0)
+    assert config.output == str(Path.cwd() / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("words", "read"),
+    [
+        (["score", "-m", "./m", "d.jsonl"], lambda c: c.data[0].source),
+        (["data", "show", "d.jsonl", "-m", "./m"], lambda c: c.data.train[0].source),
+        (["data", "pairs", "d.jsonl", "pairs=adjacent"], lambda c: c.data[0].source),
+    ],
+)
+def test_bare_words_are_what_the_command_is_about(stages, words, read):
+    assert cli.main(words) == 0
+    assert read(stages[0][1]) == str(Path.cwd() / "d.jsonl")
+
+
+def test_a_pipeline_is_planned_then_run(stages, tmp_path):
+    file = tmp_path / "p.yaml"
+    file.write_text("stages: [{stage: world}]")
+    code = cli.main(["run", str(file), "--output", str(tmp_path / "o"), "world.seed=4"])
+    command, plan, output, extra = stages[0]
+    assert (code, command, output) == (143, "run", str(tmp_path / "o"))
+    assert plan.stages[0].config.seed == 4
+    assert extra == {"resume": "auto"}
+
+
+def test_print_config_runs_nothing_and_reads_back(stages, tmp_path, capsys):
+    words = ["dpo", "-m", "./m", "data=d.jsonl", "beta=0.2", "--print-config"]
+    assert cli.main(words) == 0
+    text = capsys.readouterr().out
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    assert stages == []
+    assert yaml.safe_load(text)["loss"] == {"name": "dpo", "beta": 0.2}
+    assert load("dpo", [file]).loss.beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["stf"], "stf: unknown command; did you mean sft?"),
+        (["sft", "a.yaml"], "did you mean -c a.yaml?"),
+        (["sft", "-m", "./m", "optim.lr=1"], "optim.lr (optim.lr=1): unknown key"),
+        (["run"], "run: name a pipeline"),
+        (["data", "shwo"], "data shwo: unknown command; did you mean data show?"),
+        (["report"], "runs: is needed; give run directories"),
+        (["env", "x"], "env: takes only --json"),
+    ],
+)
+def test_wrong_words_end_with_2_and_no_traceback(stages, capsys, words, expected):
+    assert cli.main(words) == 2
+    captured = capsys.readouterr()
+    assert expected in captured.err
+    assert "Traceback" not in captured.err
+    assert len(captured.err.splitlines()) <= cli.MAX_LINES
+
+
+def test_errors_for_the_user_fit_a_screen_and_hold_no_escapes(stages, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise DataError("\x1b[31mrow\x07\n" + "\n".join(map(str, range(500))))
+
+    monkeypatch.setattr(sys.modules["jaxrlhf.stages"], "run_stage", fail)
+    assert cli.main(["score", "-m", "./m", "d.jsonl"]) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: \\x1b[31mrow\\x07\n")
+    assert len(text.splitlines()) == cli.MAX_LINES
+    assert "lines more" in text
+
+
+def test_a_bug_keeps_its_traceback_and_an_interrupt_is_clean(stages, monkeypatch, capsys):
+    def fail(error):
+        def run(*_, **__):
+            raise error
+
+        monkeypatch.setattr(sys.modules["jaxrlhf.stages"], "run_stage", run)
+
+    fail(ZeroDivisionError())
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["score", "-m", "./m", "d.jsonl"])
+    fail(KeyboardInterrupt())
+    assert cli.main(["score", "-m", "./m", "d.jsonl"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("command", [*STAGES, "run"])
+def test_help_lists_every_key_with_its_default(capsys, command):
+    if command in ("world", "label"):
+        return  # stages of a pipeline only
+    assert cli.main([*command.split(), "--help"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("usage: jaxrlhf " + command)
+    assert max(map(len, text.splitlines())) <= 100
+    if command == "ppo":
+        assert "rl.kl_coef = 0.05" in text
+        assert "rl.*" in text
+
+
+def test_the_first_help_is_short(capsys):
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 30
+    assert all(command.split()[0] in text for command in cli.COMMANDS)
+    assert cli.main([]) == 0
+
+
+def test_the_network_is_off_unless_a_hub_name_is_given(stages):
+    os.environ.pop("HF_HUB_OFFLINE", None)
+    local = load("sft", [], ["model=./m", "data=d.jsonl"])
+    hub = load("sft", [], ["model=Qwen/Qwen2.5-0.5B", "data=d.jsonl"])
+    assert (cli.uses_hub(local), cli.uses_hub(hub)) == (False, True)
+    cli.prepare(local, hub)
+    assert "HF_HUB_OFFLINE" not in os.environ
+    cli.prepare(local)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+def test_secrets_are_hidden_by_name_and_by_value(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "canary-123456")
+    monkeypatch.setenv("JAXRLHF_NOTE", "see canary-123456 and http://me:pw@host/")
+    monkeypatch.setattr(environment, "devices", dict)
+    text = environment.text(environment.describe())
+    assert "canary" not in text
+    assert "me:pw" not in text
+    assert "HF_TOKEN" in text
+
+
+def test_env_says_where_we_are():
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxrlhf", "env", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    found = json.loads(done.stdout)
+    assert found["devices"]["count"] >= 1
+    assert {"jax", "flax", "optax", "numpy"} <= set(found["versions"])
+
+
+def test_huge_pages_start_the_process_anew_once(monkeypatch):
+    started: list[list[str]] = []
+    monkeypatch.setattr(os, "execv", lambda program, words: started.append(words))
+    monkeypatch.setattr(os, "confstr", lambda name: "glibc 2.36", raising=False)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(os, "environ", {"GLIBC_TUNABLES": "glibc.malloc.check=1"})
+    cli.use_huge_pages(["sft", "--help"])
+    assert started == []
+    cli.use_huge_pages(["sft", "seed=1"])
+    assert len(started) == 1
+    assert os.environ["GLIBC_TUNABLES"] == "glibc.malloc.check=1:glibc.malloc.hugetlb=1"
+    cli.use_huge_pages(["sft", "seed=1"])
+    monkeypatch.setattr(os, "environ", {"JAXRLHF_HUGE_PAGES": "0"})
+    cli.use_huge_pages(["sft", "seed=1"])
+    assert len(started) == 1
+
+
+def test_python_api_raises_and_never_exits(stages):
+    import jaxrlhf
+
+    jaxrlhf.dpo(model="./m", data="pairs.jsonl", learning_rate=5e-6, beta=0.1, output="o")
+    command, config, output, extra = stages[0]
+    assert (command, config.optim.learning_rate, config.loss.beta) == ("dpo", 5e-6, 0.1)
+    assert output == str(Path.cwd() / "o")
+    assert extra == {"resume": "auto"}
+    with pytest.raises(jaxrlhf.ConfigError, match=r"did you mean optim\.learning_rate\?"):
+        jaxrlhf.sft(model="./m", data="d.jsonl", lr=1)
+    with pytest.raises(AttributeError):
+        jaxrlhf.nothing  # noqa: B018
