@@ -74,7 +74,7 @@ def sampled(name="llama", seed=1, ids=None, **kwargs):
 
 def forward(name, rollout):
     fields = rollout.tokens, rollout.positions, rollout.segment_ids
-    return hidden_states(model(name), CONFIGS[name], RUNTIME, *fields)
+    return jax.jit(lambda *xs: hidden_states(model(name), CONFIGS[name], RUNTIME, *xs))(*fields)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
