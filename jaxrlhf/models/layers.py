@@ -136,7 +136,9 @@ class Embedding(nn.Module):
 
     @nn.compact
     def __call__(self, index: jax.Array) -> jax.Array:
-        shape, init = (self.rows, self.features), nn.initializers.normal(0.02)
+        # Unit logits where the head is this table: small models learn to copy many times sooner
+        # than from 0.02, whose logits say nothing at first.
+        shape, init = (self.rows, self.features), nn.initializers.normal(self.features**-0.5)
         table = declare(self, "embedding", init, self.axes, shape, self.param_dtype)
         index = jnp.where(index < 0, self.rows, index)  # negative ones would wrap around
         return jnp.take(table, index, axis=0, mode="fill").astype(self.dtype)
