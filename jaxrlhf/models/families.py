@@ -255,7 +255,7 @@ FAMILIES: dict[str, Family] = {
             """.split()  # noqa: SIM905
         ),
         prefix="transformer.",
-        buffers=("attn.bias", "attn.masked_bias"),
+        buffers=(".attn.bias", ".attn.masked_bias"),
     ),
 }
 

@@ -13,6 +13,7 @@ Nothing here calls jit: `config`, `runtime` and `cache_length` are static, whoev
 closes over them.
 """
 
+from functools import lru_cache
 from typing import Any, cast
 
 import flax.linen as nn
@@ -167,7 +168,7 @@ def init_params(
     param_dtype: str = "float32",
 ) -> Params:
     """Fresh parameters: kernels normal(0, 1/in), those that write to the residual stream smaller
-    by sqrt(2 L), embeddings normal(0, 0.02^2), scales one, biases zero.
+    by sqrt(2 L), embeddings normal(0, 1/D), scales one, biases zero.
 
     Args:
         heads: which of "lm", "score" (num_outputs wide) and "value" to add. A tied "lm" adds none.
@@ -175,6 +176,7 @@ def init_params(
     return _unboxed(_initializer(config, heads, num_outputs, param_dtype, key))
 
 
+@lru_cache(maxsize=64)
 def _abstract_boxed(config, heads, num_outputs, param_dtype):
     def init(key):
         return _initializer(config, heads, num_outputs, param_dtype, key)
@@ -190,7 +192,7 @@ def abstract_params(
     param_dtype: str = "float32",
 ) -> Params:
     """The tree of `init_params` as ShapeDtypeStructs; nothing is allocated."""
-    return _unboxed(_abstract_boxed(config, heads, num_outputs, param_dtype))
+    return _unboxed(_abstract_boxed(config, tuple(heads), num_outputs, param_dtype))
 
 
 def logical_axes(
@@ -200,7 +202,7 @@ def logical_axes(
 
     Names: layers, embed, heads, kv_heads, mlp, vocab; see parallel/rules.py.
     """
-    boxed = _abstract_boxed(config, heads, num_outputs, "float32")
+    boxed = _abstract_boxed(config, tuple(heads), num_outputs, "float32")
     return jax.tree.map(
         lambda box: tuple(box.names), boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned)
     )

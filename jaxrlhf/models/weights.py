@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -411,12 +412,10 @@ def _drop_tied_copy(files: _Files, names: dict[str, str], config: ModelConfig, k
         if t.leaves == ("embed/embedding",) and t.hf in names
     )
     shape = files.shapes[embedding]
+    parts = [(slice(row, min(row + 4096, shape[0])),) for row in range(0, shape[0], 4096)]
     same = shape == files.shapes["lm_head.weight"] and all(
-        np.array_equal(
-            files.read(embedding, (slice(row, row + 4096),)),
-            files.read("lm_head.weight", (slice(row, row + 4096),)),
-        )
-        for row in range(0, shape[0], 4096)
+        np.array_equal(files.read(embedding, part), files.read("lm_head.weight", part))
+        for part in parts
     )
     if not same:
         raise ModelError(
@@ -448,18 +447,25 @@ class _Out:
 
 
 def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterator[_Out]:
+    """The tensors of the file in the family's order; a leaf is fetched once for all its layers."""
     for tensor, leaves in _layout(config, params):
         as_dtype = np.dtype(jnp.dtype(dtype)) if dtype else np.dtype(leaves[0][1].dtype)
-        layered = "{layer}" in tensor.hf
-        for layer, (name, shape) in enumerate(_stored(tensor, leaves, config).items()):
+        stored = list(_stored(tensor, leaves, config).items())
+        held: list[np.ndarray] = []
+        last = len(stored) - 1
 
-            def values(layer=layer, leaves=leaves, tensor=tensor, layered=layered, dt=as_dtype):
-                parts = [_fetch(leaf[layer] if layered else leaf) for _, leaf in leaves]
-                whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
-                whole = whole.T if tensor.transpose else whole
-                return np.ascontiguousarray(whole.astype(dt, copy=False))
+        def values(layer, *, tensor=tensor, leaves=leaves, dt=as_dtype, held=held, last=last):
+            if not held:
+                held.extend(_fetch(leaf) for _, leaf in leaves)
+            parts = [leaf[layer] if "{layer}" in tensor.hf else leaf for leaf in held]
+            if layer == last:
+                held.clear()
+            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            whole = whole.T if tensor.transpose else whole
+            return np.ascontiguousarray(whole.astype(dt, copy=False))
 
-            yield _Out(name, shape, as_dtype, values)
+        for layer, (name, shape) in enumerate(stored):
+            yield _Out(name, shape, as_dtype, partial(values, layer))
 
 
 def _write_safetensors(path: Path, tensors: list[_Out], writer: bool) -> None:

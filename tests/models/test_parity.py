@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Against transformers on torch, live: what we write it reads, what it computes we compute."""
+
+import jax
+import numpy as np
+import pytest
+from make_oracles import CASES, inputs, make_model
+from model_rows import CONFIGS, RUNTIME, batch, logits, params, scores
+
+from jaxrlhf.models.weights import load_hf, save_hf
+
+pytestmark = pytest.mark.torch
+
+LM = [name for name, (_, kind, _) in CASES.items() if kind == "lm"]
+
+
+@pytest.mark.parametrize("name", LM)
+def test_our_right_padded_rows_equal_its_left_padded_batch(name, tmp_path):
+    import torch
+
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path, kind="lm")
+    rows = inputs(seed=5)
+    got = logits(ours.params, ours.config, RUNTIME, *batch(rows))
+    tokens, positions, segments = batch(rows, left=True)
+    with torch.no_grad():
+        want = theirs(
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(segments, dtype=torch.long),
+            position_ids=torch.tensor(positions, dtype=torch.long),
+        ).logits.numpy()
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(got[i, : len(row)], want[i, -len(row) :], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_it_loads_what_we_write(name, tmp_path):
+    import torch
+    import transformers
+
+    tree, config = params(name), CONFIGS[name]
+    save_hf(tmp_path, tree, config, hf_config={"bos_token_id": 1, "eos_token_id": 2})
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path, output_loading_info=True, attn_implementation="eager"
+    )
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    rows = inputs(seed=6)
+    got = logits(tree, config, RUNTIME, *batch(rows))
+    for i, row in enumerate(rows):
+        with torch.no_grad():
+            want = theirs(torch.tensor([row])).logits[0].numpy()
+        np.testing.assert_allclose(got[i, : len(row)], want, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_it_scores_our_reward_models_alike_alone_and_batched(name, tmp_path):
+    import torch
+    import transformers
+
+    tree, config = params(name), CONFIGS[name]
+    hf = {"eos_token_id": 2, "pad_token_id": 2}  # as many models have it, and we must not keep
+    save_hf(tmp_path, tree, config, kind="reward", pad_token_id=0, hf_config=hf)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path, attn_implementation="eager"
+    )
+    rows = inputs(seed=7)
+    assert all(row[-1] == 2 for row in rows)
+    got = np.asarray(scores(tree, config, RUNTIME, *batch(rows)))
+    tokens, _, segments = batch(rows, pad=0)
+    with torch.no_grad():
+        together = theirs(
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(segments, dtype=torch.long),
+        ).logits.numpy()
+        alone = [theirs(torch.tensor([row])).logits[0].numpy() for row in rows]
+    np.testing.assert_allclose(got, together, atol=1e-4)
+    np.testing.assert_allclose(got, alone, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_gradients_of_the_loss_agree(name, tmp_path):
+    import torch
+
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path, kind="lm")
+    row = inputs(seed=8, rows=1)
+    tokens = torch.tensor(row)
+    theirs(tokens, labels=tokens).loss.backward()
+
+    def loss(tree):
+        all_logits = logits(tree, ours.config, RUNTIME, *batch(row))[0, :-1]
+        logprobs = jax.nn.log_softmax(all_logits)
+        return -logprobs[np.arange(len(row[0]) - 1), np.array(row[0][1:])].mean()
+
+    grads = jax.grad(loss)(ours.params)
+    save_hf(tmp_path / "grads", grads, ours.config)
+    from safetensors.numpy import load_file
+
+    got = load_file(tmp_path / "grads" / "model.safetensors")
+    for key, parameter in theirs.named_parameters():
+        assert parameter.grad is not None
+        want = parameter.grad.numpy()
+        np.testing.assert_allclose(got[key], want, atol=1e-4 * max(1.0, np.abs(want).max()))
