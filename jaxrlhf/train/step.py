@@ -101,18 +101,22 @@ def make_train_step(
 
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        extra = state.extra
-        if ema_decay is not None:
-            d = ema_decay
-            ema = jax.tree.map(
-                lambda e, p: d * e + (1 - d) * p.astype(e.dtype), extra["ema"], params
-            )
-            extra = {**extra, "ema": ema}
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+        def update(moving: Any) -> Any:
+            params, opt_state, extra = moving
+            updates, opt_state = tx.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+            if ema_decay is not None:
+                d = ema_decay
+                ema = jax.tree.map(
+                    lambda e, p: d * e + (1 - d) * p.astype(e.dtype), extra["ema"], params
+                )
+                extra = {**extra, "ema": ema}
+            return params, opt_state, extra
+
+        # A branch, not a select: a select of new and old holds both at once.
+        moving = (state.params, state.opt_state, state.extra)
+        params, opt_state, extra = jax.lax.cond(finite, update, lambda moving: moving, moving)
 
         own: Metrics = {
             "loss": (loss, 1.0),
@@ -121,12 +125,7 @@ def make_train_step(
         }
         if schedule is not None:
             own["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), 1.0)
-        state = TrainState(
-            step=state.step + 1,
-            params=keep(params, state.params),
-            opt_state=keep(opt_state, state.opt_state),
-            extra=keep(extra, state.extra),
-        )
+        state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
         return state, {**own, **metrics}
 
     return train_step

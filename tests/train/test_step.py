@@ -112,6 +112,18 @@ def test_a_non_finite_step_changes_nothing_and_the_next_one_learns(poison):
     assert not bool((after.params["up"]["kernel"] == state.params["up"]["kernel"]).all())
 
 
+def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_too():
+    def loss_fn(trainable, frozen, batch, key):
+        return jnp.sqrt(trainable["w"]["kernel"] ** 2).sum(), {}
+
+    tx, _ = make_optimizer("sgd", 0.1)
+    state = init_state({"w": {"kernel": jnp.zeros(2)}}, tx)
+    after, metrics = jax.jit(make_train_step(loss_fn, tx))(state, {}, {}, KEY)
+    assert float(metrics["loss"][0]) == 0.0
+    assert float(metrics["nonfinite"][0]) == 1.0
+    assert (after.params["w"]["kernel"] == 0).all()
+
+
 def test_ema_equals_the_running_average_of_all_leaves():
     tx, _ = make_optimizer("sgd", 0.1)
     step = jax.jit(make_train_step(toy.loss_fn, tx, ema_decay=0.75))
