@@ -30,7 +30,23 @@ COMMANDS = (
     "sft",
 )
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "JaxrlhfError", "ModelError", *COMMANDS]
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "JaxrlhfError",
+    "ModelError",
+    "dpo",
+    "evaluate",
+    "export",
+    "generate",
+    "ppo",
+    "pretrain",
+    "reward",
+    "run",
+    "score",
+    "sft",
+]
 
 
 def __getattr__(name: str) -> Any:

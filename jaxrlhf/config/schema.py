@@ -80,10 +80,11 @@ def shape_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> Shape:
         item = shape_of(typing.get_args(annotation)[1])
         return Shape("dict", f"a mapping of names to {item.accepts}", item=item, resume=resume)
     if origin is Literal:
-        choices: tuple[Any, ...] = typing.get_args(annotation)
-        said = "one of " + ", ".join(map(str, choices)) if len(choices) > 1 else str(choices[0])
+        choices = list(typing.get_args(annotation))
+        said = ", ".join(map(str, choices))
+        said = f"one of {said}" if len(choices) > 1 else said
         text = all(isinstance(c, str) for c in choices)
-        return Shape("scalar", said, choices=choices, resume=resume, text=text)
+        return Shape("scalar", said, choices=tuple(choices), resume=resume, text=text)
     said = _scalar_words(annotation, marks)
     if where:
         said = {"path": "a path", "model": "a model", "source": "data", "reward": "a reward"}[where]

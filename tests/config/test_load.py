@@ -363,3 +363,8 @@ def test_reading_settings_imports_no_jax():
         "bad = {'jax', 'numpy', 'flax', 'transformers'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_setting_is_found_at_the_line_of_its_key(tmp_path):
+    file = write(tmp_path, "optim:\n  schedule:\n    linaer\n")
+    assert f"optim.schedule ({file}:2)" in errors_of("sft", [file], SFT)
