@@ -54,6 +54,7 @@ from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_mo
 from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
 from jaxrlhf.stages.rows import prompt_rows
+from jaxrlhf.train.signals import crash_point
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import LossFn, TrainStep
 from jaxrlhf.types import Experience, Params, Rollout
@@ -129,8 +130,10 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
                 key=sampling_key,
                 policy_step=state.step,
             )
+            crash_point("rollout", step)
             scores = judge_rollout(judge, policy, rollout, batch, group)
             total = judge.total(scores)
+            crash_point("scores", step)
             exp, metrics = experience(
                 state.params, reference.params, rollout, put_batch(total, mesh)
             )
@@ -144,6 +147,8 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
                     if epoch == i == 0:
                         found["ratio/first_off"] = step_metrics["ratio/off"]
                     add_metrics(found, step_metrics)
+                    parts = config.rl.minibatches
+                    crash_point("minibatch", (step * config.rl.epochs + epoch) * parts + i)
             for name, values in {**scores, "reward": total}.items():
                 label = name if name == "reward" else f"reward/{name}"
                 found[label] = (values.sum(dtype=np.float64), len(values))
