@@ -642,7 +642,7 @@ def _read_tfds(spec: SourceSpec) -> Iterator[Mapping[str, Any]]:
     folder = Path(name).expanduser()
     try:
         if is_path(name) and folder.is_dir():
-            builder = tfds.builder_from_directory(builder_dir=str(folder))
+            builder = tfds.builder_from_directory(str(folder))
         else:
             builder = tfds.builder(name)
         splits = list(builder.info.splits or ())
@@ -651,7 +651,7 @@ def _read_tfds(spec: SourceSpec) -> Iterator[Mapping[str, Any]]:
             raise DataError(
                 f"data source {spec.source}: no split {split!r}; splits are {', '.join(splits)}"
             )
-        found = builder.as_data_source(split)
+        found = builder.as_data_source(split=split)
     except DataError:
         raise
     except Exception as error:

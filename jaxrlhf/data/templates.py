@@ -344,20 +344,46 @@ def _compile(source: str) -> Any:
     """A template in a sandbox that cannot change objects, loop for ever, or build huge strings."""
     import jinja2
     from jinja2 import nodes
+    from jinja2.compiler import CodeGenerator
     from jinja2.ext import Extension, loopcontrols
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+    def bounded(size: float) -> None:
+        if size > MAX_RENDERED:
+            raise jinja2.TemplateError("a text or number this large is not allowed")
+
+    class Generator(CodeGenerator):
+        """Has `a ~ b` checked as well, which is no operator to the sandbox."""
+
+        def visit_Concat(self, node, frame):
+            self.write("environment.bounded_concat((")
+            for part in node.nodes:
+                self.visit(part, frame)
+                self.write(", ")
+            self.write("))")
+
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        code_generator_class = Generator
+        intercepted_binops = frozenset({"+", "*", "**", "%"})
 
         def call_binop(self, context, operator, left, right):
-            if operator == "**" and abs(right) > 64:
-                raise jinja2.TemplateError("a power this large is not allowed")
-            for text, times in ((left, right), (right, left)):
-                repeats = isinstance(text, (str, list, tuple)) and isinstance(times, int)
-                if repeats and len(text) * times > MAX_RENDERED:
-                    raise jinja2.TemplateError("a repetition this long is not allowed")
+            sized = (str, list, tuple)
+            if operator == "**" and isinstance(left, int) and isinstance(right, int):
+                bounded(left.bit_length() * abs(right))
+            elif operator == "*":
+                for text, times in ((left, right), (right, left)):
+                    if isinstance(text, sized) and isinstance(times, int):
+                        bounded(len(text) * times)
+            elif operator == "+" and isinstance(left, sized) and isinstance(right, sized):
+                bounded(len(left) + len(right))
+            elif operator == "%" and isinstance(left, str):
+                bounded(max((int(n) for n in re.findall(r"\d+", left)), default=0))
             return super().call_binop(context, operator, left, right)
+
+        def bounded_concat(self, parts):
+            texts = [str(part) for part in parts]
+            bounded(sum(map(len, texts)))
+            return "".join(texts)
 
     class Generation(Extension):
         tags = {"generation"}  # noqa: RUF012

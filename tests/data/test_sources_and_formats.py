@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kind of file and layout; every way to be wrong, with its place and its mend."""
 
+import contextlib
 import gzip
 import json
 
@@ -52,10 +53,8 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, kind, zipped):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    try:
+    with contextlib.suppress(DataError):
         assert load_rows(str(path)).digest != rows.digest
-    except DataError:
-        pass
 
 
 def test_bom_crlf_blank_lines_and_other_json_shapes(tmp_path):
@@ -133,7 +132,7 @@ def test_a_very_long_line_is_refused_with_bounded_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxrlhf.data.sources.MAX_LINE", 1 << 20)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"text": "' + b"x" * (3 << 20) + b'"}\n')
-    with pytest.raises(DataError, match="rows.jsonl:1: the line is longer than 1 MiB"):
+    with pytest.raises(DataError, match=r"rows.jsonl:1: the line is longer than 1 MiB"):
         load_rows(str(path))
 
 
@@ -157,10 +156,8 @@ def test_no_bytes_give_anything_but_a_data_error(tmp_path_factory, noise, edits)
         for name in ("x.jsonl", "x.json", "x.csv"):
             (folder / name).write_bytes(raw)
             for policy in ("error", "skip"):
-                try:
+                with contextlib.suppress(DataError):  # anything else is a failure
                     read(load_rows(str(folder / name), on_bad_row=policy), on_bad_row=policy)
-                except DataError as error:
-                    assert str(error)
 
 
 def test_folders_splits_and_patterns(tmp_path):
@@ -176,7 +173,7 @@ def test_folders_splits_and_patterns(tmp_path):
         load_rows({"source": folder, "split": "dev"})
     with pytest.raises(DataError, match="no file matches"):
         load_rows(f"{folder}/*.csv")
-    with pytest.raises(DataError, match="no such file.*did you mean 'train-0.jsonl'"):
+    with pytest.raises(DataError, match=r"no such file.*did you mean 'train-0.jsonl'"):
         load_rows(f"{folder}/train_0.jsonl")
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="no data files"):
@@ -320,12 +317,10 @@ def test_every_damaged_column_is_named(name, write):
             {**row, column: []},
         ):
             source = {"source": write(row, broken), "format": name}
-            try:
-                found = read(load_rows(source))
-            except DataError as error:
-                assert "rows.jsonl:2" in str(error)
-            else:  # an empty list of ids is dropped later
-                assert name == "tokenized", (name, column, broken, found[1])
+            if name == "tokenized" and broken.get(column) == []:  # dropped later, as empty
+                continue
+            with pytest.raises(DataError, match=r"rows.jsonl:2"):
+                read(load_rows(source))
             assert read(load_rows(source), on_bad_row="skip")[0].origin.line == 1
 
 
@@ -412,8 +407,8 @@ def test_hh_dialogues_are_cut_where_they_part(shared):
 
     rows = load_rows(str(shared / "data/hh-rlhf/harmless_train.jsonl.gz"))
     assert TEMPLATES["hh"].markers == ("\n\nHuman:", "\n\nAssistant:")
-    for example, row in zip(read(rows), rows, strict=True):
-        for name, rest in (("chosen", example.chosen), ("rejected", example.rejected)):
+    for found, row in zip(read(rows), rows, strict=True):
+        for name, rest in (("chosen", found.chosen), ("rejected", found.rejected)):
             heads = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
-            text = "".join(heads[m["role"]] + m["content"] for m in [*example.prompt, *rest])
+            text = "".join(heads[m["role"]] + m["content"] for m in [*found.prompt, *rest])
             assert text.replace(": ", ":") == row[name].replace(": ", ":")

@@ -194,5 +194,5 @@ def test_loading_says_what_is_wrong(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="cannot be read"):
         load_tokenizer(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="neither a path here .* nor reachable as a hub name"):
+    with pytest.raises(DataError, match=r"neither a path here .* nor reachable as a hub name"):
         load_tokenizer("nobody/nothing-of-this-name")
