@@ -651,7 +651,8 @@ def _read_tfds(spec: SourceSpec) -> Iterator[Mapping[str, Any]]:
             raise DataError(
                 f"data source {spec.source}: no split {split!r}; splits are {', '.join(splits)}"
             )
-        found = builder.as_data_source(split=split)
+        as_data_source: Callable[..., Any] = builder.as_data_source  # typed as taking nothing
+        found = as_data_source(split=split)
     except DataError:
         raise
     except Exception as error:
