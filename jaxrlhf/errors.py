@@ -13,7 +13,7 @@ class JaxrlhfError(Exception):
 
 
 class ConfigError(JaxrlhfError):
-    """A setting is unknown, of the wrong type, or contradicts another; lists every error at once."""
+    """A setting is unknown, of the wrong type, or contradicts another; every error at once."""
 
     exit_code = 2
 

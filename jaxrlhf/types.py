@@ -3,8 +3,9 @@
 
 Dimension key, used everywhere in this package:
 
-    B batch rows     T positions    S cache columns  P prompt positions  C completion positions
-    D model width    N heads        K key/value heads  H head size  F mlp width  V vocabulary  L layers
+    B batch rows   T positions  S cache columns     P prompt positions  C completion positions
+    D model width  N heads      K key/value heads   H head size  F mlp width  V vocabulary
+    L layers
 
 Alignment: a per-token array is [B, T] and slot t speaks of token t. `logprobs[:, t]` is of token t
 given the tokens before it, `values[:, t]` is the value before token t was chosen; slot 0 is unused.

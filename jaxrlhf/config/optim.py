@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,21 @@ class OptimSection(Section):
         default=1.0,
         description="largest global norm of the accumulated gradient; null = no clipping",
     )
-    b1: Share = Field(default=0.9, description="decay of the first moment per step")
-    b2: Share = Field(default=0.999, description="decay of the second moment per step")
-    eps: PositiveFloat = Field(default=1e-8, description="added to the root of the second moment")
-    moment_dtype: DType = Field(default="float32", description="how the first moment is stored")
+    # Of one optimizer or the other; train.optim says which, a setting nobody reads is an error.
+    b1: Share | None = Field(default=None, description="adamw: decay of the first moment (0.9)")
+    b2: Share | None = Field(default=None, description="adamw: decay of the second moment (0.999)")
+    eps: PositiveFloat | None = Field(
+        default=None, description="adamw: added to the root of the second moment (1e-8)"
+    )
+    moment_dtype: DType | None = Field(
+        default=None, description="adamw, sgd: how the first moment is stored (float32)"
+    )
+    momentum: Share | None = Field(default=None, description="sgd: heavy-ball momentum (0)")
+    decay_rate: Share | None = Field(
+        default=None, description="adafactor: exponent of its second moment's decay (0.8)"
+    )
+
+    def settings(self) -> dict[str, Any]:
+        """Those of the optimizer's own settings that were given."""
+        names = ("b1", "b2", "eps", "moment_dtype", "momentum", "decay_rate")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -24,7 +24,7 @@ def check_algorithms(config: Any) -> "Checked":
     from jaxrlhf.losses.preference import PREFERENCE_LOSSES
     from jaxrlhf.losses.reward import REWARD_LOSSES
     from jaxrlhf.ops.advantages import ESTIMATORS
-    from jaxrlhf.stages.training import check_optimizer
+    from jaxrlhf.train.optim import OPTIMIZERS
 
     tables: dict[str, Any] = {}
     if isinstance(config, DPOConfig):
@@ -37,7 +37,12 @@ def check_algorithms(config: Any) -> "Checked":
             tables["rl.value_loss"] = clipped_value
     checked = signatures.check(config, tables)
     if isinstance(config, TrainingConfig):
-        checked.errors.extend(check_optimizer(config.optim))
+        known = signatures.keys(OPTIMIZERS[config.optim.name])
+        checked.errors.extend(
+            f"optim.{name}: {config.optim.name} has no such setting; it has {', '.join(known)}"
+            for name in config.optim.settings()
+            if name not in known
+        )
     return checked
 
 

@@ -2,7 +2,6 @@
 """The one runner of every stage that trains: recipe in, run directory out."""
 
 import dataclasses
-import inspect
 import shutil
 import time
 import zlib
@@ -32,7 +31,7 @@ from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.train.digest import content_digest
 from jaxrlhf.train.loop import train
 from jaxrlhf.train.metrics import MetricWriter
-from jaxrlhf.train.optim import OPTIMIZERS, make_optimizer
+from jaxrlhf.train.optim import make_optimizer
 from jaxrlhf.train.state import TrainState, place_state
 from jaxrlhf.train.step import TrainStep, jit_train_step, make_train_step
 from jaxrlhf.types import Params
@@ -71,20 +70,19 @@ def offline(
     return make
 
 
-def optimizer_settings(section: OptimSection) -> dict[str, Any]:
-    """The settings of the section that its optimizer takes."""
-    known = inspect.signature(OPTIMIZERS[section.name]).parameters
-    return {name: value for name, value in section.model_dump().items() if name in known}
-
-
-def check_optimizer(section: OptimSection) -> list[str]:
-    """Settings given for another optimizer than the one chosen: nobody would read them."""
-    common = set(inspect.signature(make_optimizer).parameters)
-    known = set(inspect.signature(OPTIMIZERS[section.name]).parameters) | common
-    return [
-        f"optim.{name}: {section.name} has no such setting; leave it out"
-        for name in sorted(section.model_fields_set - known)
-    ]
+def optimizer(section: OptimSection, steps: int) -> tuple[Any, Any]:
+    """(transformation, learning rate as a function of the step) for a run of so many updates."""
+    return make_optimizer(
+        section.name,
+        section.learning_rate,
+        schedule=section.schedule,
+        warmup=section.warmup,
+        steps=steps,
+        final_ratio=section.final_ratio,
+        weight_decay=section.weight_decay,
+        clip_norm=section.clip_norm,
+        **section.settings(),
+    )
 
 
 def run_training(
@@ -142,8 +140,10 @@ def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) 
     plan = config.train.batch_plan(row_shards(mesh))
     parameters = count_params(recipe.params)
     weights = jnp.dtype(config.model.param_dtype).itemsize
-    first = jnp.dtype(config.optim.moment_dtype).itemsize
-    state = parameters * (weights + (first + 4 if config.optim.name == "adamw" else 0) + 4)
+    moments = jax.eval_shape(optimizer(config.optim, 1)[0].init, recipe.params)
+    state = parameters * (weights + 4) + sum(
+        x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)
+    )
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     lines = [
         *recipe.notes,
@@ -167,18 +167,8 @@ def _run(
 ) -> StageResult:
     began = time.perf_counter()
     updates = recipe.steps * recipe.updates
-    tx, schedule = make_optimizer(
-        config.optim.name,
-        config.optim.learning_rate,
-        schedule=config.optim.schedule,
-        warmup=config.optim.warmup,
-        steps=updates,
-        final_ratio=config.optim.final_ratio,
-        weight_decay=config.optim.weight_decay,
-        clip_norm=config.optim.clip_norm,
-        **optimizer_settings(config.optim),
-    )
-    accumulation = _accumulation(config, recipe, mesh)
+    tx, schedule = optimizer(config.optim, updates)
+    accumulation = passes(config, recipe.rows, mesh)
     ema = config.train.ema_decay
     state, where, replicated = place_state(
         recipe.params, tx, mesh, recipe.axes, ema=ema is not None
@@ -256,10 +246,10 @@ def _run(
     return _finish(command, config, recipe, checkpoints, outcome, weights_of, output, began)
 
 
-def _accumulation(config: TrainingConfig, recipe: Recipe, mesh: Mesh) -> int:
-    """Passes per optimizer step: those of the plan, for the rows that one step really has."""
+def passes(config: TrainingConfig, rows: int, mesh: Mesh) -> int:
+    """Microbatches per optimizer step: those of the plan, for the rows that one step really has."""
     plan = config.train.batch_plan(row_shards(mesh))
-    return max(1, -(-recipe.rows // (plan.microbatch_size * plan.shards)))
+    return max(1, -(-rows // (plan.microbatch_size * plan.shards)))
 
 
 def _restore(

@@ -8,7 +8,7 @@ that returns its preconditioner, and a line in OPTIMIZERS; its keyword parameter
 
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +43,11 @@ def decay_mask(params: Params) -> Any:
 
 
 def adamw(
-    *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, moment_dtype: str = "float32"
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    moment_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> optax.GradientTransformation:
     """Adam with bias correction. Source: Kingma & Ba 2015, arXiv:1412.6980, algorithm 1; decay
     decoupled as in Loshchilov & Hutter 2019, arXiv:1711.05101.
@@ -71,7 +75,9 @@ def adafactor(
     )
 
 
-def sgd(*, momentum: float = 0.0, moment_dtype: str = "float32") -> optax.GradientTransformation:
+def sgd(
+    *, momentum: float = 0.0, moment_dtype: Literal["float32", "bfloat16"] = "float32"
+) -> optax.GradientTransformation:
     """Gradient descent, with heavy-ball momentum if asked."""
     if momentum == 0.0:
         return optax.identity()
