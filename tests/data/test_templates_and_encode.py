@@ -14,7 +14,7 @@ from jaxrlhf.data.templates import TEMPLATES, Template, choose_template, render,
 from jaxrlhf.data.tokenizer import codec, decode
 from jaxrlhf.errors import DataError
 
-from .conftest import _byte_level, _wrap, build
+from .conftest import _byte_level, _dress, _wrap, build
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -52,6 +52,14 @@ def test_assistant_turns_are_trained_with_their_stop_and_nothing_else(name, full
     assert trained(full, row) == f"{space}It is 5.{first}{space}It is 2.{stop}"
     assert row.tokens[row.completion_mask][-1] in stop_ids(full, TEMPLATES[name])
     assert (row.tokens == full.bos_token_id).sum() == (name in ("llama3", "gemma"))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_bos_is_not_doubled_where_template_and_tokenizer_both_write_it(name, write):
+    backend = _dress(_byte_level(["<|endoftext|>", "<bos>"], extra=MARKERS), "<bos>", None)
+    tokenizer = _wrap(backend, bos_token="<bos>", eos_token="<|endoftext|>")
+    row = encode_lm(write({"messages": CHAT}), tokenizer, template=name).row(0)
+    assert np.flatnonzero(row.tokens == tokenizer.bos_token_id).tolist() == [0]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
