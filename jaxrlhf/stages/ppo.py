@@ -98,26 +98,8 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
             f"multiple of {scored} = microbatch_size x data shards"
         )
     experience = make_experience(config, policy, reference, critic, mesh, scored)
-    sampler = jax.jit(
-        functools.partial(
-            roll_out,
-            config=policy.config,
-            runtime=policy.runtime,
-            samples_per_prompt=group,
-            max_new_tokens=new_tokens,
-            temperature=config.sampling.temperature,
-            stop_ids=stop_ids(config.sampling, policy),
-        ),
-        out_shardings=batch_sharding(mesh),
-    )
-    shuffled = jax.jit(
-        lambda exp, key: tuple(
-            minibatches(
-                exp, key, config.rl.minibatches, weighting=config.rl.weights, length=new_tokens
-            )
-        ),
-        out_shardings=batch_sharding(mesh),
-    )
+    sampler = make_rollout(config, policy, mesh)
+    shuffled = make_minibatches(config, mesh)
 
     def make_advance(train_step: TrainStep) -> Advance:
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -179,6 +161,32 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         show=("reward", "kl", "objective"),
         notes=notes,
     )
+
+
+def make_rollout(config: PPOConfig, policy: Model, mesh: Mesh) -> Callable[..., Rollout]:
+    """The compiled sampler: (actor, prompt_tokens=, prompt_lengths=, key=, policy_step=)."""
+    return jax.jit(
+        functools.partial(
+            roll_out,
+            config=policy.config,
+            runtime=policy.runtime,
+            samples_per_prompt=config.rl.samples_per_prompt,
+            max_new_tokens=config.sampling.max_new_tokens,
+            temperature=config.sampling.temperature,
+            stop_ids=stop_ids(config.sampling, policy),
+        ),
+        out_shardings=batch_sharding(mesh),
+    )
+
+
+def make_minibatches(config: PPOConfig, mesh: Mesh) -> Callable[..., tuple[Experience, ...]]:
+    """The compiled shuffle: (experience, key) -> one epoch's minibatches."""
+
+    def shuffled(exp: Experience, key: jax.Array) -> tuple[Experience, ...]:
+        rl, longest = config.rl, config.sampling.max_new_tokens
+        return tuple(minibatches(exp, key, rl.minibatches, weighting=rl.weights, length=longest))
+
+    return jax.jit(shuffled, out_shardings=batch_sharding(mesh))
 
 
 def make_actor_critic(
@@ -330,7 +338,7 @@ def make_experience(
     rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
     program = jax.jit(experience, out_shardings=(rows_sharding, whole))
     # An argument, not a constant: a sweep over it compiles nothing anew.
-    coefficient = jnp.float32(rl.kl_coef)
+    coefficient = np.float32(rl.kl_coef)
     return lambda params, ref_params, rollout, scores: program(
         params, ref_params, rollout, scores, coefficient
     )

@@ -48,14 +48,20 @@ def make_loss(config: ModelConfig, runtime: Runtime) -> LossFn:
     return loss_fn
 
 
-def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: Mesh) -> Any:
-    """(params, step) -> nats per token and perplexity over all of `batches`."""
+def make_sums(config: ModelConfig, runtime: Runtime) -> Any:
+    """(params, batch) -> summed cross-entropy of its trained tokens, and how many they are."""
 
-    @jax.jit
     def sums(params: Params, batch: LMBatch) -> tuple[jax.Array, jax.Array]:
         logprobs = row_logprobs(params, config, runtime, batch)
         nll = next_token(logprobs, batch.completion_mask)[0].sum()
         return nll, batch.completion_mask.sum()
+
+    return sums
+
+
+def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: Mesh) -> Any:
+    """(params, step) -> nats per token and perplexity over all of `batches`."""
+    sums = jax.jit(make_sums(config, runtime))
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         found = [sums(params, put_batch(batch, mesh)) for batch in batches]
