@@ -88,6 +88,12 @@ class DataSection(Section):
     )
     fold: Natural = Field(default=0, description="which of the folds is held out, from 0")
 
+    seed: Natural | None = Field(
+        default=None,
+        description="of what eval_fraction or folds hold out and of how statements are paired; "
+        "null = the run's seed (folds: 0)",
+    )
+
     def contradictions(self) -> Iterator[str]:
         ways = {
             "eval": self.eval or None,

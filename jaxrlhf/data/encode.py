@@ -430,17 +430,39 @@ def _rows_of(
     ]
 
 
-def _group(example: Example, fallback: Turn = "") -> int:
-    """64 bits that name an example's prompt (or the text itself where there is none)."""
-    key = example.group
-    if key is None:
-        turn = example.prompt if not _blank(example.prompt) else fallback
-        key = (
-            turn
-            if isinstance(turn, str)
-            else "\0".join(f"{m['role']}:{m['content']}" for m in turn)
-        )
+def _names(example: Example, fallback: Turn = "") -> tuple[int, ...]:
+    """64 bits for each thing an example must share with no other across a split: what its format
+    says, or its prompt (the text itself where there is none)."""
+    return tuple(map(_hashed, example.groups)) or (_prompt_name(example.prompt, fallback),)
+
+
+def _prompt_name(prompt: Turn, fallback: Turn) -> int:
+    turn = fallback if _blank(prompt) else prompt
+    return _hashed(
+        turn if isinstance(turn, str) else "\0".join(f"{m['role']}:{m['content']}" for m in turn)
+    )
+
+
+def _hashed(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
+
+
+def join_groups(names: Sequence[Sequence[int]]) -> list[int]:
+    """One group for each row of several names: rows that share a name, directly or through other
+    rows, are one group. It is called by the smallest name in it."""
+    parent: dict[int, int] = {}
+
+    def root(name: int) -> int:
+        while (above := parent.setdefault(name, name)) != name:
+            parent[name] = parent.setdefault(above, above)
+            name = parent[name]
+        return name
+
+    for row in names:
+        roots = {root(name) for name in row}
+        lowest = min(roots)
+        parent |= dict.fromkeys(roots, lowest)
+    return [root(row[0]) for row in names]
 
 
 # --- the three stages' functions -------------------------------------------------------------
@@ -505,14 +527,14 @@ def encode_lm(
             elif completion_only is False or (completion_only is None and example.kind == "text"):
                 mask = [True] * len(ids)
             mask[:1] = [False] * len(mask[:1])  # the first token is given, never predicted
-            group = _group(example, example.completion)
+            names = _names(example, example.completion)
             try:
                 cuts: Iterable = [(ids, mask)]
                 if truncation == "split" and max_length and len(ids) > max_length:
                     cuts = _split(ids, mask, max_length, list(encoder.kit.prefix), example)
                 for ids, mask in cuts:
                     ids, mask = encoder.fit(ids, mask, example.origin)
-                    collected.add(ids, mask, group, example.origin)
+                    collected.add(ids, mask, names, example.origin)
             except _Dropped as reason:
                 encoder.drop(str(reason), example.origin)
         _bad(encoder, part)
@@ -644,13 +666,11 @@ def encode_pairs(
                 encoder.drop(str(reason), example.origin)
                 continue
             encoder.truncated = before + (encoder.truncated > before)
-            group = _group(example, "")
-            if example.group is None and _blank(example.prompt):
-                group = _group(example, example.chosen)
+            names = _names(example, example.chosen)
             a_key, b_key = (zlib.crc32(np.asarray(r[0], "<i4").tobytes()) for r in (better, worse))
-            seen[(group, a_key, b_key)] += 1
+            seen[(min(names), a_key, b_key)] += 1
             for side, row in zip(sides, (better, worse), strict=True):
-                side.add(*row, group, example.origin)
+                side.add(*row, names, example.origin)
             margins.append(example.margin or 0.0)
             references.append(example.ref_logprobs)
         _bad(encoder, part)
@@ -743,8 +763,8 @@ def encode_prompts(
             except _Dropped as reason:
                 encoder.drop(str(reason), example.origin)
                 continue
-            group = _group(dataclasses.replace(example, prompt=turn), "")
-            collected.add(ids, [False] * len(ids), group, example.origin)
+            names = (_prompt_name(turn, ""),)
+            collected.add(ids, [False] * len(ids), names, example.origin)
             other = {k: v for k, v in example.columns.items() if k != "prompt"}
             kept.append((turn, other))
         _bad(encoder, part)
@@ -839,16 +859,18 @@ class _Collected:
 
     def __init__(self):
         self.rows: list[Row] = []
-        self.groups: list[int] = []
+        self.names: list[tuple[int, ...]] = []
         self.origins: list[str] = []
         self.parts: list[Part] = []
         self.sha = hashlib.sha256()
 
-    def add(self, ids: list[int], mask: list[bool], group: int, origin: object) -> None:
+    def add(
+        self, ids: list[int], mask: list[bool], names: tuple[int, ...], origin: object
+    ) -> None:
         trained = np.asarray(mask, bool)
         first = int(trained.argmax()) if trained.any() else len(ids)
         self.rows.append(Row(np.asarray(ids, np.int32), trained, first))
-        self.groups.append(group)
+        self.names.append(names)
         self.origins.append(str(origin))
 
     def close(self, part: formats.Examples, start: int) -> None:
@@ -876,7 +898,7 @@ class _Collected:
             self.sha.update(flat[name].tobytes())
         return RowSet(
             **flat,
-            groups=np.asarray(self.groups, np.uint64),
+            groups=np.asarray(join_groups(self.names), np.uint64),
             origins=tuple(self.origins),
             parts=tuple(self.parts),
             counts=counts,

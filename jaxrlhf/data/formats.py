@@ -12,6 +12,7 @@ tokenized.  A *turn* (prompt, completion, chosen...) is either text, or a list o
 
 import dataclasses
 import json
+import string
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -45,7 +46,8 @@ class Example:
     margin: float | None = None
     ref_logprobs: tuple[float, float] | None = None  # of preference: chosen, rejected
     tools: Any = None
-    group: str | None = None  # examples of one group never straddle a split; None = by prompt
+    # Examples that share a name here never straddle a split; none = by prompt.
+    groups: tuple[str, ...] = ()
     columns: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the original row
 
 
@@ -536,6 +538,11 @@ def labelled_sentence(rows: Sequence[tuple[Row, Origin]], seed: int) -> Iterator
     yield from _paired(*sides, seed, "", "", "")
 
 
+def _statement(text: str) -> str:
+    """What makes two statements one: their words, whatever the case, spaces and last full stop."""
+    return " ".join(text.casefold().split()).strip(string.punctuation)
+
+
 def _paired(
     good: Sequence, bad: Sequence, seed: int, prompt: str, space: str, name: str
 ) -> Iterator[Example]:
@@ -549,7 +556,8 @@ def _paired(
             prompt,
             chosen=space + chosen,
             rejected=space + rejected,
-            group=f"{origin} {other}",  # every pair has the same prompt: split by statement
+            # every pair has the same prompt: a statement is what must not be on both sides
+            groups=(_statement(chosen), _statement(rejected)),
             columns={**row, "rejected_from": str(other)},
         )
 

@@ -21,14 +21,15 @@ def source_specs(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def _both(
-    data: DataSection, encode: Callable[[list[dict[str, Any]]], Rows], seed: int
+    data: DataSection, encode: Callable[[list[dict[str, Any]], int], Rows], seed: int
 ) -> tuple[Rows, Rows | None, list[str]]:
-    """(train, eval or None, lines about both)."""
-    train = encode(source_specs(data.train))
+    """(train, eval or None, lines about both). `encode` gets sources and the seed of pairings."""
+    seed = seed if data.seed is None else data.seed
+    train = encode(source_specs(data.train), seed)
     held_out: Rows | None = None
     lines = []
     if data.eval:
-        held_out = encode(source_specs(data.eval))
+        held_out = encode(source_specs(data.eval), seed)
         if shared := leaks(train, held_out):
             lines.append(
                 f"warning: {shared} of {len(held_out)} held-out rows have a prompt of data.train"
@@ -36,7 +37,7 @@ def _both(
     elif data.eval_fraction is not None:
         train, held_out = split_by_fraction(train, data.eval_fraction, seed=seed)
     elif data.folds is not None:
-        parts = folds(train, data.folds)  # the same parts whatever the run's seed
+        parts = folds(train, data.folds, seed=data.seed or 0)  # whatever the run's seed
         train, held_out = next(itertools.islice(parts, data.fold, None))
     lines += [f"data.train: {line}" for line in str(train.counts).splitlines()]
     if held_out is not None:
@@ -48,7 +49,7 @@ def lm_rows(data: DataSection, model: Model, seed: int) -> tuple[RowSet, RowSet 
     """Rows for next-token training."""
     return _both(
         data,
-        lambda sources: encode_lm(
+        lambda sources, seed: encode_lm(
             sources,
             model.tokenizer,
             max_length=data.max_length,
@@ -70,7 +71,7 @@ def pair_rows(
     """Compared completions."""
     return _both(
         data,
-        lambda sources: encode_pairs(
+        lambda sources, seed: encode_pairs(
             sources,
             model.tokenizer,
             max_length=data.max_length,
@@ -92,7 +93,7 @@ def prompt_rows(
     limit = min(data.max_prompt_length or data.max_length, max(2, data.max_length - max_new_tokens))
     return _both(
         data,
-        lambda sources: encode_prompts(
+        lambda sources, seed: encode_prompts(
             sources,
             model.tokenizer,
             max_length=limit,

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from jaxrlhf.data.batches import Batches, bucket, folds, leaks, split_by_fraction
-from jaxrlhf.data.encode import encode_lm, encode_pairs, encode_prompts
+from jaxrlhf.data.encode import encode_lm, encode_pairs, encode_prompts, join_groups
 from jaxrlhf.data.order import Order, interleave, permutation
+from jaxrlhf.data.tokenizer import decode
 from jaxrlhf.errors import DataError
 
 from .conftest import build
@@ -191,6 +192,42 @@ def test_prompts_carry_their_columns(tokenizer, write):
     assert batch.real.tolist() == [True, True, False]
     assert batch.lengths[2] == 1
     assert batch.indices.tolist() == [0, 1, -1]
+
+
+def _statements(rows, tokenizer):
+    """The statements of a set of pairs, whatever their case and last full stop."""
+    sides = ((side, row) for side in (rows.chosen, rows.rejected) for row in side)
+    texts = (decode(tokenizer, row.tokens[row.completion_mask]) for _, row in sides)
+    return {text.strip().casefold().strip(".") for text in texts}
+
+
+def test_a_statement_never_straddles_though_it_stands_in_many_pairs(tokenizer, write):
+    def row(text, answer):
+        return {"statement": text, "answer_matching_behavior": answer}
+
+    words = ["sun", "moon", "star", "sea", "hill", "tree", "rain", "wind"]
+    first = [row(f"I like the {w}.", " Yes") for w in words]
+    first += [row(f"I hate the {w}", " No") for w in words] + [row("I LIKE the moon", " Yes")] * 2
+    first += [row(f"I fear the {w}", " No") for w in words[:2]]
+    second = [row(f"I hate the {w}.", " Yes") for w in words[:3]]  # the other trait's own
+    second += [row(f"I miss the {w}", " No") for w in words]
+    sources = [write(*first, name="trait.jsonl"), write(*second, name="contrary.jsonl")]
+    seen = set()
+    for seed in range(12):
+        pairs = encode_pairs(sources, tokenizer, seed=seed)
+        assert len(pairs) == 13
+        splits = [split_by_fraction(pairs, 0.3, seed=seed), *folds(pairs, 3, seed=seed)]
+        for train, held in splits:
+            assert len(train) + len(held) == 13
+            assert not _statements(train, tokenizer) & _statements(held, tokenizer)
+        seen.add(len(np.unique(pairs.groups)))
+    assert max(seen) > 4, "not all in one"
+
+
+def test_groups_are_joined_by_any_name_they_share():
+    assert join_groups([(5,), (3, 4), (7,), (4, 9), (9, 7), (5,)]) == [5, 3, 3, 3, 3, 5]
+    chain = [(i, i + 1) for i in range(5000, 0, -1)]
+    assert set(join_groups(chain)) == {1}
 
 
 def test_a_prompt_never_straddles_train_and_eval(tokenizer, write):
