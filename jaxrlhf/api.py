@@ -7,11 +7,65 @@ settings raise ConfigError with everything that is wrong; nothing here exits the
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 File = str | os.PathLike[str]
+
+
+class Run:
+    """What a command left behind: its directory, exit code and figures; a model to talk to.
+
+    Attributes:
+        path: the run directory.
+        exit_code: 0 if everything planned was done.
+    """
+
+    def __init__(self, result: Any):
+        self.path: Path = result.path
+        self.exit_code: int = result.exit_code
+        self._last: dict[str, float] = result.metrics
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, oldest first; of commands without one, their figures."""
+        file = self.path / "metrics.jsonl"
+        if not file.is_file():
+            return [dict(self._last)]
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: steps, final metrics, seconds, memory, digests."""
+        return json.loads((self.path / "summary.json").read_text(encoding="utf-8"))
+
+    def generate(self, prompt: str | list[str], **sampling: Any) -> Any:
+        """Completions by the model of this run: a text for a text, a list for a list.
+
+        Args:
+            sampling: temperature, top_k, top_p, min_p, max_new_tokens, stop.
+        """
+        from jaxrlhf.cli import prepare
+        from jaxrlhf.config.load import load
+
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        keys = {"model.path": os.fspath(self.path.resolve()), "prompt": texts}
+        keys |= {f"sampling.{name}": value for name, value in sampling.items()}
+        config = load("generate", keywords=keys)
+        prepare(config)
+        from jaxrlhf.parallel.mesh import make_mesh
+        from jaxrlhf.parallel.rules import use_mesh
+        from jaxrlhf.stages.generate import completions_of
+
+        with use_mesh(make_mesh(**config.mesh.model_dump())) as mesh:
+            found = completions_of(config, mesh).texts
+        return found[0] if isinstance(prompt, str) else found
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, exit_code={self.exit_code})"
 
 
 def stage(
@@ -43,7 +97,7 @@ def stage(
     from jaxrlhf.stages import run_stage
 
     extra: dict[str, Any] = {"resume": resume} if command in TRAINING else {}
-    return run_stage(command, checked, output=checked.output_dir, **extra)
+    return Run(run_stage(command, checked, output=checked.output_dir, **extra))
 
 
 def pretrain(config: File | Iterable[File] = (), **keys: Any) -> Any:

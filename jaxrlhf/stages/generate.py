@@ -37,14 +37,19 @@ def prompts_of(config: GenerateConfig, model: Model) -> PromptSet:
         )
 
 
+def completions_of(config: GenerateConfig, mesh: Mesh) -> Completions:
+    """The completions that a configuration asks for."""
+    model = open_model(config.model, mesh, kind="lm", frozen=True)
+    prompts = prompts_of(config, model)
+    complete = make_completer(model, config.sampling, mesh)
+    return complete(model.params, prompts, config.n, stage_key(config.seed, "generate"))
+
+
 def generate(
     config: GenerateConfig, output: Path, mesh: Mesh
 ) -> tuple[dict[str, float], list[str]]:
     """Writes the completions; prints them where the prompts were given as text."""
-    model = open_model(config.model, mesh, kind="lm", frozen=True)
-    prompts = prompts_of(config, model)
-    complete = make_completer(model, config.sampling, mesh)
-    found = complete(model.params, prompts, config.n, stage_key(config.seed, "generate"))
+    found = completions_of(config, mesh)
     path = Path(config.output) if config.output else output / "completions.jsonl"
     if is_primary():
         if config.prompt and not config.prompts:
