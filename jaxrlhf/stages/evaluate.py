@@ -86,6 +86,7 @@ def evaluate(config: EvalConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
     result = EvalResult(
         model=model.source,
         label=label,
+        is_baseline=config.baseline is None and config.reference == config.model.path,
         baseline=_short(config.baseline) if config.baseline else "",
         count=found.count,
         names=found.names,
