@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.layers import Dense, constrain, project, rotate
+from jaxrlhf.models.layers import Dense, constrain, project, rotate, visiting
 
 # Finite, so that subtracting the row's maximum never gives inf - inf; exp of it is exactly 0.
 MASKED = -1e30
@@ -119,4 +119,4 @@ class Attention(nn.Module):
             for name, new in (("k", k), ("v", v))
         }
         out = _attend(q[:, :, :, None], cache["k"], cache["v"], mask[:, None])
-        return self.o(out.reshape(x.shape[0], -1)), cache
+        return self.o(visiting(out.reshape(x.shape[0], -1), "act_heads")), cache

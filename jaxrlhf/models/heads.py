@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.layers import apply_weights
+from jaxrlhf.ops.placement import place
 
 Params = dict[str, Any]
 
@@ -24,10 +25,13 @@ def lm_head_kernel(params: Params) -> jax.Array:
 
 def logits(params: Params, hidden: jax.Array) -> jax.Array:
     """Next-token logits, float32 [..., V], of hidden [..., D]."""
-    kernel = lm_head_kernel(params).astype(hidden.dtype)
+    kernel = place(lm_head_kernel(params).astype(hidden.dtype), None, "visit_vocab")
     contract = (((hidden.ndim - 1,), (0,)), ((), ()))
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=accumulate)
+    between = (None,) * (hidden.ndim - 2)
+    hidden = place(hidden, "visit_batch", *between, None)
+    found = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=accumulate)
+    return place(place(found, "visit_batch", *between, "visit_vocab"), "batch", *between, None)
 
 
 def scalar(params: Params, hidden: jax.Array, name: str = "score") -> jax.Array:

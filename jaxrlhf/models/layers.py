@@ -13,9 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen import spmd as nn_spmd
 
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.ops.placement import place
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -141,7 +141,11 @@ class Embedding(nn.Module):
         shape, init = (self.rows, self.features), nn.initializers.normal(self.features**-0.5)
         table = declare(self, "embedding", init, self.axes, shape, self.param_dtype)
         index = jnp.where(index < 0, self.rows, index)  # negative ones would wrap around
-        return jnp.take(table, index, axis=0, mode="fill").astype(self.dtype)
+        names = ("visit_batch", "length")[: index.ndim]
+        # Every device looks up its own features of all rows: the table does not move, and neither
+        # does its gradient. Afterwards each row's features come together.
+        found = jnp.take(table, place(index, *names), axis=0, mode="fill").astype(self.dtype)
+        return place(found, *names, "visit_embed")
 
 
 def rope_frequencies(config: ModelConfig) -> np.ndarray:
@@ -213,8 +217,8 @@ class MLP(nn.Module):
             else:
                 gate, up = project(x, (self.gate, self.up), self.runtime.fuse)
             hidden = act(gate) * up
-        hidden = constrain(hidden, "act_mlp")
-        return self.down(hidden)
+        whole_rows = hidden.ndim == 3
+        return self.down((constrain if whole_rows else visiting)(hidden, "act_mlp"))
 
 
 def constrain(x: jax.Array, *last: str | None) -> jax.Array:
@@ -223,14 +227,9 @@ def constrain(x: jax.Array, *last: str | None) -> jax.Array:
     Does nothing outside of a mesh with rules (parallel.mesh.use_mesh). A dimension that its mesh
     axes do not divide (one row of a decode, two kv heads on four devices) is left unconstrained.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or not nn.get_logical_axis_rules():
-        return x
-    names = (*("batch", "length")[: x.ndim - len(last)], *last)
-    spec = nn_spmd.logical_to_mesh_axes(names) or ()
-    fits = []
-    for size, axes in zip(x.shape, spec, strict=True):
-        axes = (axes,) if isinstance(axes, str) else axes
-        shards = int(np.prod([mesh.shape[axis] for axis in axes])) if axes else 1
-        fits.append(axes if axes and size % shards == 0 else None)
-    return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*fits))
+    return place(x, *("batch", "length")[: x.ndim - len(last)], *last)
+
+
+def visiting(x: jax.Array, *last: str | None) -> jax.Array:
+    """As `constrain` for one token a row [B, ...]: rows go to the weights, which do not move."""
+    return place(x, "visit_batch", *last)

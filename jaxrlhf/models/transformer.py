@@ -23,6 +23,7 @@ import numpy as np
 
 from jaxrlhf.models.attention import Attention, LayerCache
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.heads import lm_head_kernel
 from jaxrlhf.models.layers import (
     MLP,
     Dense,
@@ -31,7 +32,9 @@ from jaxrlhf.models.layers import (
     constrain,
     fuse_weights,
     rope_angles,
+    visiting,
 )
+from jaxrlhf.ops.placement import on_mesh, place
 
 Params = dict[str, Any]
 Cache = tuple[LayerCache, ...]
@@ -62,9 +65,10 @@ class Block(nn.Module):
 
     def step(self, x, angles, cache, column, mask):
         """One token a row: x [B,D] -> (x, cache)."""
+        x = visiting(x, "visit_embed")
         out, cache = self.attention.step(self.attention_norm(x), angles, cache, column, mask)
-        x += out
-        return x + self.mlp(self.mlp_norm(x)), cache
+        x = visiting(x + out, "visit_embed")
+        return visiting(x + self.mlp(self.mlp_norm(x)), "visit_embed"), cache
 
 
 class Decoder(nn.Module):
@@ -302,6 +306,9 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
         else jax.tree_util.tree_map_with_path(computed, value)
         for key, value in _outer(params).items()
     }
+    if on_mesh() and ("lm_head" in outer or config.tie_embeddings):
+        # Laid out once for all steps as `heads.logits` reads it.
+        outer["lm_head"] = {"kernel": place(lm_head_kernel(outer), None, "visit_vocab")}
     return outer | {"layers": tuple(layers)}
 
 

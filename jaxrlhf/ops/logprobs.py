@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxrlhf.ops.placement import place
+
 Hidden = Float[Array, "B T D"]
 Kernel = Float[Array, "D V"]
 PerToken = Float[Array, "B T"]
@@ -42,15 +44,20 @@ def _check(temperature: float, chunk: int) -> None:
 def _log_softmax(hidden: Array, kernel: Array, temperature: float) -> Array:
     """[B, C, D] and [D, V] to log-probs [B, C, V] in at least float32."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    hidden = place(hidden, "visit_batch", "length", None)
     logits = jnp.einsum(
         "bcd,dv->bcv", hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype
     )
+    logits = place(logits, "visit_batch", "length", "visit_vocab")
     return jax.nn.log_softmax(logits / temperature, axis=-1)
 
 
 def _over_positions(one_chunk, chunk: int, shared, *per_position):
     """Runs `one_chunk(shared, *slices)` over chunks of axis 1; results [B, C] joined to [B, T]."""
     B, T = per_position[0].shape[:2]
+    # The matrix [D, V] is the largest there is: on a mesh each device holds a part of V, to which
+    # the chunks come one after the other, and neither it nor its gradient is ever in one place.
+    shared = jax.tree.map(lambda kernel: place(kernel, None, "visit_vocab"), shared)
     chunks = -(-T // chunk)
     size = -(-T // chunks)  # as even as can be: fewer padded positions
     body = jax.checkpoint(one_chunk)

@@ -33,7 +33,10 @@ RULES: dict[str, MeshAxes] = {
     "act_embed": None,
     "act_heads": "tensor",
     "act_mlp": "tensor",
-    "act_vocab": "tensor",
+    # activations that go to weights which stay where they are (see ops/placement.py)
+    "visit_batch": "data",
+    "visit_embed": "fsdp",
+    "visit_vocab": ("tensor", "fsdp"),
 }
 
 T = TypeVar("T")
