@@ -140,7 +140,9 @@ def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) 
     plan = config.train.batch_plan(row_shards(mesh))
     parameters = count_params(recipe.params)
     weights = jnp.dtype(config.model.param_dtype).itemsize
-    moments = jax.eval_shape(optimizer(config.optim, 1)[0].init, recipe.params)
+    moments = jax.eval_shape(
+        optimizer(config.optim, recipe.steps * recipe.updates)[0].init, recipe.params
+    )
     state = parameters * (weights + 4) + sum(
         x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)
     )
