@@ -12,6 +12,7 @@ COMMON = {
     "gradient_checkpointing": "model.remat",
     "dataset_name": "data.train",
     "max_length": "data.max_length",
+    "group_by_length": "data.group_by_length",
     "max_seq_length": "data.max_length",
     "max_prompt_length": "data.max_prompt_length",
     "completion_only_loss": "data.completion_only",

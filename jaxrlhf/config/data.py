@@ -83,6 +83,10 @@ class DataSection(Section):
     shuffle: bool = Field(
         default=True, description="a new order each epoch, a function of (seed, epoch)"
     )
+    group_by_length: bool = Field(
+        default=False,
+        description="rows of a batch are of like length: less padding, faster on varied lengths",
+    )
     folds: Annotated[Int, Ge(2)] | None = Field(
         default=None, description="cross-validation: train is cut, by prompt, into so many parts"
     )

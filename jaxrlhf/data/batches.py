@@ -9,6 +9,7 @@ evaluation) is filled up, with rows that are all padding and weigh nothing.
 import bisect
 import dataclasses
 import functools
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
@@ -52,6 +53,9 @@ def bucket(length: int, *, smallest: int = 32, largest: int | None = None) -> in
     return size if largest is None else min(size, largest)
 
 
+WINDOW = 32  # batches that are sorted by length together
+BY_LENGTH = zlib.crc32(b"by_length")  # a stream of random numbers of its own
+
 S = TypeVar("S", RowSet, PairSet, PromptSet)
 
 
@@ -63,6 +67,10 @@ class Batches(Generic[S]):
     epochs: passes over the set; None = without end (the run counts its own steps).
     length: pad every batch to this many tokens; None = the bucket of its longest row.
     largest: cap of the buckets, usually data.max_length.
+    by_length: rows of a batch are of like length, so that less of it is padding: every WINDOW
+        batches' worth of the shuffled rows is sorted by length before it is cut into batches,
+        which then come in random order. Still every row once an epoch (up to the window that
+        straddles its end), and still a function of the step.
     """
 
     rows: S
@@ -73,6 +81,7 @@ class Batches(Generic[S]):
     length: int | None = None
     smallest: int = 32
     largest: int | None = None
+    by_length: bool = False
 
     def __post_init__(self):
         if self.batch_size < 1:
@@ -109,15 +118,45 @@ class Batches(Generic[S]):
         """int64 [batch_size], the rows of a batch; -1 = filler."""
         if step < 0 or (self.steps is not None and step >= self.steps):
             raise IndexError(f"step {step} is outside the {self.steps} batches")
+        if not self.by_length:
+            return self._stretch(step, 1)
+        window, place = divmod(step, WINDOW)
+        return self._sorted(window)[place]
+
+    def _stretch(self, step: int, batches: int) -> np.ndarray:
+        """int64 [batches * batch_size], the rows of several batches as the order has them."""
         start = step * self.batch_size
         end = None if self.epochs is None else self.epochs * len(self.rows)
         return np.asarray(
             [
                 self.order.at(i) if end is None or i < end else -1
-                for i in range(start, start + self.batch_size)
+                for i in range(start, start + batches * self.batch_size)
             ],
             np.int64,
         )
+
+    def _sorted(self, window: int) -> np.ndarray:
+        """int64 [batches, batch_size], the rows of a window, batches of like length."""
+        found = self._windows.get(window)
+        if found is None:
+            begin = window * WINDOW
+            count = WINDOW if self.steps is None else min(WINDOW, self.steps - begin)
+            rows = self._stretch(begin, count)
+            real = rows[rows >= 0]
+            ordered = real[np.argsort(self.rows.lengths[real], kind="stable")]
+            whole = len(real) // self.batch_size
+            # A batch with fillers is the run's last one, wherever its rows stand by length.
+            found = np.full((count, self.batch_size), -1, np.int64)
+            found.reshape(-1)[: len(real)] = ordered
+            found[:whole] = found[permutation(whole, self.seed, window, BY_LENGTH)]
+            self._windows.clear()
+            self._windows[window] = found
+        return found
+
+    @functools.cached_property
+    def _windows(self) -> dict[int, np.ndarray]:
+        """The window last asked for."""
+        return {}
 
     def __len__(self) -> int:
         if self.steps is None:

@@ -120,6 +120,7 @@ def training_batches(
         shuffle=data.shuffle,
         epochs=whole,
         largest=data.max_length,
+        by_length=data.group_by_length,
     )
     if train.steps is not None:
         return batches, train.steps

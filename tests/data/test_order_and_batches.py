@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every example once an epoch, whatever the sizes; batches that depend on the step alone."""
 
+import dataclasses
 import itertools
 import subprocess
 import sys
@@ -156,6 +157,30 @@ def test_few_shapes_and_little_padding(seventeen):
     assert Batches(seventeen, 3, length=64).batch_at(0).tokens.shape == (3, 64)
     with pytest.raises(ValueError, match="longest row has"):
         Batches(seventeen, 3, length=5)
+
+
+@pytest.mark.parametrize("epochs", [1, 3, None])
+def test_batches_of_like_length_hold_the_same_rows(tokenizer, write, epochs):
+    rng = np.random.default_rng(0)
+    rows = [{"text": f"{i} " + "dog " * int(n)} for i, n in enumerate(rng.integers(1, 60, 150))]
+    data = encode_lm(write(*rows), tokenizer)
+    plain = Batches(data, 4, seed=5, epochs=epochs, smallest=8)
+    grouped = dataclasses.replace(plain, by_length=True)
+    steps = range(plain.steps or 96)  # 96 = three whole windows
+    before = np.stack([plain.indices_at(s) for s in steps])
+    after = np.stack([grouped.indices_at(s) for s in reversed(steps)])[::-1]
+    for start in range(0, len(before), 32):  # window by window the same rows
+        cut = slice(start, start + 32)
+        assert sorted(before[cut].ravel()) == sorted(after[cut].ravel())
+    assert ((after < 0).sum(1)[:-1] == 0).all(), "fillers only in the last batch"
+
+    def padded(batches):
+        return sum(batches.batch_at(s).tokens.shape[1] for s in steps)
+
+    real = data.lengths[before[before >= 0]].sum() / 4
+    assert padded(grouped) < 1.25 * real < padded(plain)
+    longest = [data.lengths[row[row >= 0]].max() for row in after[:32]]
+    assert abs(np.corrcoef(np.arange(32), longest)[0, 1]) < 0.6, "short ones do not come first"
 
 
 def test_pairs_weigh_one_over_the_real_pairs(tokenizer, write):
