@@ -12,6 +12,7 @@ from jaxrlhf.config.base import (
     NonNegative,
     OpenShare,
     Positive,
+    PositiveFloat,
     Section,
 )
 
@@ -29,6 +30,15 @@ class EvaluationSection(Section):
     )
     kl_coef: NonNegative | None = Field(
         default=None, description="also give the objective: proxy - kl_coef x KL to the reference"
+    )
+    beta: PositiveFloat = Field(
+        default=0.1,
+        description="of the implicit reward beta x log(model / reference) on comparisons",
+    )
+    baselines: bool = Field(
+        default=False,
+        description="beside the accuracy on comparisons also that of a bag of words learnt from "
+        "data.train, the floor of every reward model",
     )
     bootstrap: Positive = Field(default=1000, description="resamples behind each interval")
     confidence: OpenShare = Field(default=0.95, description="coverage of the intervals")

@@ -244,11 +244,13 @@ class EvalConfig(StageConfig):
     )
     data: DataSection = Field(
         default=DataSection(),
-        description="data.eval: text for perplexity, comparisons for accuracy",
+        description="held-out text (perplexity) or comparisons (accuracy): data.eval, or what "
+        "eval_fraction or folds hold out of data.train, as in training",
     )
     prompts: Sources = Field(default_factory=list, description="prompts that are completed")
     reference: ModelName | None = Field(
-        default=None, description="KL is measured against this model"
+        default=None,
+        description="KL is measured against this model, implicit rewards on comparisons too",
     )
     baseline: ModelName | None = Field(
         default=None,
@@ -262,9 +264,11 @@ class EvalConfig(StageConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
-        if not self.prompts and not self.data.eval:
+        if not self.prompts and not self.data.holds_out:
             yield ("data.eval: is needed (text or comparisons), or prompts (to be completed)")
-        for key in ("baseline", "reference", "proxy", "gold"):
+        if self.eval.baselines and not (self.data.train and self.data.holds_out):
+            yield ("eval.baselines learns from data.train: give it beside what is held out")
+        for key in ("baseline", "proxy", "gold"):
             if getattr(self, key) and not self.prompts:
                 yield (f"{key} is measured on completions: prompts is needed")
         if self.baseline and not (self.gold or self.proxy):

@@ -14,13 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxrlhf.config.data import DataSection
 from jaxrlhf.config.stages import EvalConfig
-from jaxrlhf.data.encode import encode_lm, encode_pairs, encode_prompts
+from jaxrlhf.data.encode import RowSet, encode_prompts
 from jaxrlhf.data.show import stage_of
-from jaxrlhf.data.tokenizer import tokenizer_digest
+from jaxrlhf.data.tokenizer import decode, tokenizer_digest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation.alarms import find_alarms
-from jaxrlhf.evaluation.calibration import judge_pairs
+from jaxrlhf.evaluation.calibration import bag_of_words, correct, judge_pairs, reliability
 from jaxrlhf.evaluation.goodhart import best_of_n_curve, optimum, optimum_curve
 from jaxrlhf.evaluation.intervals import bootstrap_mean
 from jaxrlhf.evaluation.perplexity import perplexity
@@ -47,7 +48,7 @@ from jaxrlhf.stages.completions import (
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.preference import make_logprobs
 from jaxrlhf.stages.reward import make_scorer
-from jaxrlhf.stages.rows import evaluation_batches, source_specs
+from jaxrlhf.stages.rows import evaluation_batches, lm_rows, pair_rows, source_specs
 from jaxrlhf.stages.training import check_fits, stage_key
 
 SEED = "eval"  # two models are sampled with the same keys: what differs is the models
@@ -74,7 +75,7 @@ def evaluate(config: EvalConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
     model = open_model(config.model, mesh, frozen=True)
     label = config.label or _label(config, output)
     found = _Findings()
-    if config.data.eval:
+    if config.data.holds_out:
         _on_rows(config, model, mesh, found)
     if config.prompts:
         if model.kind != "lm":
@@ -117,42 +118,16 @@ def _short(place: str) -> str:
 
 def _on_rows(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> None:
     """Perplexity of text; accuracy and calibration on comparisons."""
-    data, specs = config.data, source_specs(config.data.eval)
-    encoding: dict[str, Any] = {
-        "max_length": data.max_length,
-        "template": data.template,
-        "truncation": data.truncation,
-        "on_bad_row": data.on_bad_row,
-        "append_eos": data.append_eos,
-        "vocab_size": model.config.vocab_size,
-        "seed": config.seed,
-    }
-    if stage_of(specs, data.on_bad_row) == "pairs":
-        pairs = encode_pairs(specs, model.tokenizer, **encoding)
-        batches = evaluation_batches(pairs, data, config.batch_size)
-        if model.kind == "reward":
-            scores = make_scorer(model.config, model.runtime, batches, mesh)(model.params)
-        else:
-            scores = make_logprobs(model.config, model.runtime, mesh)(model.params, batches)
-            found.notes.append("accuracy is that of the language model's own completion log-probs")
-        chosen, rejected = scores.astype(np.float64).T
-        metrics, intervals, found.calibration = judge_pairs(
-            chosen,
-            rejected,
-            chosen_lengths=pairs.chosen.lengths,
-            rejected_lengths=pairs.rejected.lengths,
-            clusters=pairs.groups,
-            bins=config.eval.calibration_bins,
-            samples=config.eval.bootstrap,
-            seed=config.seed,
-        )
-        found.count = len(pairs)
+    data = config.data
+    if stage_of(source_specs(data.eval or data.train), data.on_bad_row) == "pairs":
+        metrics, intervals = _on_pairs(config, model, mesh, found)
     else:
         if model.kind != "lm":
             raise ConfigError(
                 f"data.eval: {model.source} is a reward model and needs comparisons, not text"
             )
-        rows = encode_lm(specs, model.tokenizer, completion_only=data.completion_only, **encoding)
+        train, rows, _ = lm_rows(_only_held_out(data), model, config.seed)
+        rows = train if rows is None else rows
 
         @jax.jit
         def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
@@ -171,6 +146,60 @@ def _on_rows(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> 
         found.count = len(rows)
     found.metrics |= metrics
     found.intervals |= intervals
+
+
+def _only_held_out(data: DataSection) -> DataSection:
+    """The same without the rows to learn from, where the held-out ones have files of their own."""
+    return data.model_copy(update={"train": data.eval, "eval": []}) if data.eval else data
+
+
+def _on_pairs(
+    config: EvalConfig, model: Model, mesh: Mesh, found: _Findings
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Accuracy and calibration of a reward model, or of a language model's (implicit) rewards."""
+    data = config.data if config.eval.baselines else _only_held_out(config.data)
+    train, pairs, _ = pair_rows(data, model, config.seed)
+    pairs = train if pairs is None else pairs
+    batches = evaluation_batches(pairs, data, config.batch_size)
+    if model.kind == "reward":
+        scores = make_scorer(model.config, model.runtime, batches, mesh)(model.params)
+    else:
+        logprobs = make_logprobs(model.config, model.runtime, mesh)
+        scores = logprobs(model.params, batches)
+        if config.reference:
+            reference = _other(config, config.reference, model, mesh)
+            scores = config.eval.beta * (scores - logprobs(reference.params, batches))
+            found.notes.append(
+                f"accuracy is that of the implicit reward {config.eval.beta:g} x log(model / "
+                f"{_short(config.reference)})"
+            )
+        else:
+            found.notes.append("accuracy is that of the language model's own completion log-probs")
+    chosen, rejected = scores.astype(np.float64).T
+    metrics, intervals, found.calibration = judge_pairs(
+        chosen,
+        rejected,
+        chosen_lengths=pairs.chosen.lengths,
+        rejected_lengths=pairs.rejected.lengths,
+        clusters=pairs.groups,
+        bins=config.eval.calibration_bins,
+        samples=config.eval.bootstrap,
+        seed=config.seed,
+    )
+    if config.eval.baselines:
+        sides = (train.chosen, train.rejected, pairs.chosen, pairs.rejected)
+        margins = bag_of_words(*(_completions(side, model) for side in sides))
+        table = reliability(margins, bins=config.eval.calibration_bins)
+        metrics |= {"accuracy/bag_of_words": table.accuracy, "ece/bag_of_words": table.ece}
+        options = {"clusters": pairs.groups, "samples": config.eval.bootstrap, "seed": config.seed}
+        intervals["accuracy/bag_of_words"] = bootstrap_mean(correct(margins), **options)
+    found.count = len(pairs)
+    return metrics, intervals
+
+
+def _completions(rows: RowSet, model: Model) -> list[str]:
+    """The texts of completions, as the model sees them: what was cut off is not there."""
+    return [decode(model.tokenizer, row.tokens[row.completion_mask].tolist()) for row in rows]
 
 
 def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> None:
