@@ -567,7 +567,8 @@ def _lm_pieces(
         )
     raise DataError(
         f"{example.origin}: rows of kind {example.kind!r} are no demonstrations to imitate; "
-        "language-model training takes text, messages, prompt + completion, or pairs (chosen)"
+        "language-model training takes text, messages, prompt + completion, or pairs (chosen)\n  "
+        + formats.other_kind(example, ("prompt", "completion"))
     )
 
 
@@ -710,7 +711,8 @@ def _paired(part: formats.Examples, ranking: str, encoder: _Encoder) -> Iterator
         else:
             raise DataError(
                 f"{example.origin}: rows of kind {example.kind!r} are no comparisons; pairs need "
-                "chosen + rejected, or prompt + completions + ranks or ratings"
+                "chosen + rejected, or prompt + completions + ranks or ratings\n  "
+                + formats.other_kind(example, ("chosen", "rejected"))
             )
 
 
@@ -794,8 +796,8 @@ def prompt_of(example: Example) -> Turn:
         return chat[:last]
     if example.kind in ("text", "tokenized"):
         raise DataError(
-            f"{example.origin}: rows of kind {example.kind!r} have no prompt to sample from; name "
-            "the column with column_map: {prompt: text}"
+            f"{example.origin}: rows of kind {example.kind!r} have no prompt to sample from\n  "
+            + formats.other_kind(example, ("prompt",))
         )
     return example.prompt
 

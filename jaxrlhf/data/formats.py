@@ -745,6 +745,16 @@ def _guess(missing: Sequence[str], spare: Sequence[str]) -> dict[str, str]:
     return mapping
 
 
+def other_kind(example: Example, needed: Sequence[str]) -> str:
+    """What an example has instead of the columns `needed`, and the line that would mend it."""
+    found = list(map(str, example.columns))
+    missing = [c for c in needed if example.columns.get(c) is None]
+    mapping = _guess(missing, [c for c in found if example.columns[c] is not None])
+    mend = ", ".join(f"{ours}: {mapping.get(ours, 'YOUR_COLUMN')}" for ours in missing)
+    said = f"columns found: {', '.join(found) or 'none'}"
+    return said + (f"\n  add  column_map: {{{mend}}}" if missing else "")
+
+
 def _missing_columns(name: str, form: Format, row: Row) -> str:
     missing = [c for c in form.columns if c not in row]
     if not missing:

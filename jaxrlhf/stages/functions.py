@@ -45,6 +45,11 @@ def load_function(source: str) -> RewardFunction:
             module = importlib.import_module(place)
     except ImportError as error:
         raise ConfigError(f"reward {source}: {place} cannot be imported: {error}") from error
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a user's file can raise
+        what = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"reward {source}: {place} cannot be read: {what}") from error
     function = getattr(module, name, None)
     if not callable(function):
         found = [n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])]
