@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a pipeline: stages in order, finished and verified ones skipped, lineage written down.
 
-    DIR/pipeline.json    {stages: [{name, stage, dir, status, seconds, content, parents, values}]}
+    DIR/pipeline.json    {stages: [{name, stage, dir, status, seconds, content, parents, values}],
+                          repeats: [{name, values, over, runs, metrics: {name: {mean, interval}}}]}
     DIR/NAME/            the run directory of each stage
 
 A stage is skipped only if it finished, its settings and the content of all its inputs are what they
@@ -54,6 +55,8 @@ def run_pipeline(
     folder = Path(output or plan.output_dir).resolve()
     outputs = {planned.name: folder / planned.folder for planned in plan.stages}
     records: list[dict[str, Any]] = []
+    means: list[dict[str, Any]] = []
+    written: dict[str, Any] = {}
     began = time.perf_counter()
     with graceful_stop() as stop_requested:
         for i, planned in enumerate(plan.stages):
@@ -75,9 +78,14 @@ def run_pipeline(
                 stop_requested=stop_requested,
             )
             records.append({**record, "parents": list(planned.parents), "values": planned.values})
-            write_json(folder / "pipeline.json", {"name": plan.name, "stages": records})
+            written = {"name": plan.name, "stages": records}
+            write_json(folder / "pipeline.json", written)
             if exit_code:
                 return PipelineResult(folder, exit_code, records)
+            if i + 1 == len(plan.stages) or plan.stages[i + 1].group != planned.group:
+                means += _means(planned.group, plan, outputs)
+        if means:
+            write_json(folder / "pipeline.json", {**written, "repeats": means})
     ran = sum(record["status"] == "done" for record in records)
     if not dry_run:
         print(
@@ -131,6 +139,36 @@ def _run(
     status = "done" if result.exit_code == 0 else summary.get("exit_reason", "failed")
     found = {"status": status, "seconds": summary.get("wall_seconds")}
     return result.exit_code, {**record, **found, "content": summary.get("content")}
+
+
+HEADLINES = ("accuracy", "ece", "nats_per_token", "gold", "proxy", "objective", "kl")
+
+
+def _means(group: str, plan: PipelinePlan, outputs: dict[str, Path]) -> list[dict[str, Any]]:
+    """What the repetitions of a stage over seeds or folds say together; its headlines printed."""
+    from jaxrlhf.evaluation.repeats import repeated
+    from jaxrlhf.stages.rundir import read_summary
+
+    runs = [
+        (planned.values, (read_summary(outputs[planned.name]) or {}).get("metrics", {}))
+        for planned in plan.stages
+        if planned.group == group and planned.values
+    ]
+    found = []
+    for one in repeated(runs):
+        what = ", ".join(f"{k}={v}" for k, v in one.values.items())
+        metrics = {}
+        for name, (mean, interval) in one.metrics.items():
+            metrics[name] = {"mean": mean, "interval": list(interval)}
+            if name.removeprefix("eval/") in HEADLINES:
+                print(
+                    f"{group}{' ' if what else ''}{what}: {name} {mean:.4f} [{interval[0]:.4f}, "
+                    f"{interval[1]:.4f}], mean of {one.count} ({', '.join(one.over)})",
+                    flush=True,
+                )
+        told = {"name": group, "values": dict(one.values), "over": list(one.over)}
+        found.append({**told, "runs": one.count, "metrics": metrics})
+    return found
 
 
 def _finished(folder: Path, summary: dict[str, Any], identity: str) -> bool:
