@@ -866,9 +866,7 @@ class _Collected:
         self.parts: list[Part] = []
         self.sha = hashlib.sha256()
 
-    def add(
-        self, ids: list[int], mask: list[bool], names: tuple[int, ...], origin: object
-    ) -> None:
+    def add(self, ids: list[int], mask: list[bool], names: tuple[int, ...], origin: object) -> None:
         trained = np.asarray(mask, bool)
         first = int(trained.argmax()) if trained.any() else len(ids)
         self.rows.append(Row(np.asarray(ids, np.int32), trained, first))
