@@ -10,7 +10,7 @@ import bisect
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -168,6 +168,18 @@ class Batches(Generic[S]):
         while self.steps is None or step < self.steps:
             yield self.batch_at(step)
             step += 1
+
+    def in_row_order(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """What was computed on every batch of one pass, [batch_size, ...] each, as [n, ...] of the
+        set's rows; what fillers gave is gone."""
+        indices = np.concatenate([self.indices_at(step) for step in range(len(parts))])
+        values = np.concatenate(list(parts))
+        real = indices >= 0
+        if not np.array_equal(np.sort(indices[real]), np.arange(len(self.rows))):
+            raise ValueError(f"{len(parts)} batches are not one pass over {len(self.rows)} rows")
+        found = np.empty((len(self.rows), *values.shape[1:]), values.dtype)
+        found[indices[real]] = values[real]
+        return found
 
     @functools.cached_property
     def lengths(self) -> list[int]:

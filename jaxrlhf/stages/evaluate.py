@@ -135,11 +135,11 @@ def _on_rows(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> 
             mask = batch.completion_mask
             return masked_sum(logprobs, mask, axis=1), mask.sum(1)
 
+        batches = evaluation_batches(rows, data, config.batch_size)
         parts = [
-            [to_host(x) for x in sums(model.params, put_batch(batch, mesh))]
-            for batch in evaluation_batches(rows, data, config.batch_size)
+            [to_host(x) for x in sums(model.params, put_batch(batch, mesh))] for batch in batches
         ]
-        logprobs, counts = (np.concatenate(part)[: len(rows)] for part in zip(*parts, strict=True))
+        logprobs, counts = (batches.in_row_order(part) for part in zip(*parts, strict=True))
         metrics, intervals = perplexity(
             logprobs, counts, samples=config.eval.bootstrap, seed=config.seed
         )

@@ -69,7 +69,7 @@ def make_logprobs(
 
     def logprobs(params: Params, batches: Batches) -> np.ndarray:
         found = [to_host(program(params, put_batch(batch, mesh))) for batch in batches]
-        return np.concatenate(found)[: len(batches.rows)]
+        return batches.in_row_order(found)
 
     return logprobs
 

@@ -83,7 +83,7 @@ def make_scorer(
 
     def scores(params: Params) -> np.ndarray:
         found = [to_host(program(params, put_batch(batch, mesh))) for batch in batches]
-        return np.concatenate(found)[: len(batches.rows)]
+        return batches.in_row_order(found)
 
     return scores
 

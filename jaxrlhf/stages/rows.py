@@ -129,5 +129,8 @@ def training_batches(
 
 
 def evaluation_batches(rows: Rows, data: DataSection, batch_size: int) -> Batches[Rows]:
-    """Every row once, in order; the last batch is filled up with rows that weigh nothing."""
-    return Batches(rows, batch_size, shuffle=False, epochs=1, largest=data.max_length)
+    """Every row once, those of like length together (`in_row_order` puts what comes of them right);
+    the last batch is filled up with rows that weigh nothing."""
+    return Batches(
+        rows, batch_size, shuffle=False, epochs=1, largest=data.max_length, by_length=True
+    )

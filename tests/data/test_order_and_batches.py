@@ -183,6 +183,16 @@ def test_batches_of_like_length_hold_the_same_rows(tokenizer, write, epochs):
     assert abs(np.corrcoef(np.arange(32), longest)[0, 1]) < 0.6, "short ones do not come first"
 
 
+def test_what_comes_of_batches_is_put_back_in_row_order(seventeen):
+    batches = Batches(seventeen, 4, shuffle=False, epochs=1, smallest=4, by_length=True)
+    lengths = [(batch.segment_ids > 0).sum(1) for batch in batches]
+    assert np.concatenate(lengths).tolist() != [*seventeen.lengths, 0, 0, 0]
+    assert (batches.in_row_order(lengths) == seventeen.lengths).all()
+    assert (batches.in_row_order([np.stack([n, -n], 1) for n in lengths])[:, 1] < 0).all()
+    with pytest.raises(ValueError, match="not one pass"):
+        batches.in_row_order(lengths[:-1])
+
+
 def test_pairs_weigh_one_over_the_real_pairs(tokenizer, write):
     rows = [
         {"prompt": "p", "chosen": f" good {i}", "rejected": " bad", "margin": i} for i in range(5)
