@@ -42,24 +42,22 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
         return function(params, model.config, model.runtime, batch)
 
     batches = evaluation_batches(rows, DataSection(max_length=config.max_length), config.batch_size)
-    results: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = [{}] * len(rows)  # in the order of the data
     for step, batch in enumerate(batches):
         values = to_host(said(model.params, put_batch(batch, mesh)))
         for b, i in enumerate(batches.indices_at(step)):
             if i < 0:
                 continue
             if reward:
-                results.append({"reward": float(values[b])})
+                results[i] = {"reward": float(values[b])}
                 continue
             mask = batch.completion_mask[b]
             chosen = values[b][mask].astype(np.float64)
-            results.append(
-                {
-                    "logprob": float(chosen.sum()),
-                    "token_logprobs": [float(x) for x in values[b][mask]],
-                    "token_ids": batch.tokens[b][mask].tolist(),
-                }
-            )
+            results[i] = {
+                "logprob": float(chosen.sum()),
+                "token_logprobs": [float(x) for x in values[b][mask]],
+                "token_ids": batch.tokens[b][mask].tolist(),
+            }
     path = Path(config.output) if config.output else output / "scores.jsonl"
     name = "reward" if reward else "logprob"
     mean = float(np.mean([row[name] for row in results]))
