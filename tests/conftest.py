@@ -17,6 +17,8 @@ os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 import pytest
 from jaxtyping import install_import_hook
 
+pytest_plugins = ("tiny",)
+
 # Shapes and dtypes of public maths are checked in tests only; users pay nothing for them.
 install_import_hook(["jaxrlhf.ops", "jaxrlhf.losses"], "beartype.beartype")
 

@@ -47,7 +47,8 @@ def model_card(
     rows = _rows(metrics)
     if rows:
         lines += ["## Figures at the end of training", "", "| metric | value |", "|---|---|", *rows]
-    lines += ["", "## Settings", "", "```yaml", to_yaml(config).rstrip(), "```", ""]
+    told = config.model_copy(update={"output_dir": None})  # where it ran is nobody's business
+    lines += ["", "## Settings", "", "```yaml", to_yaml(told).rstrip(), "```", ""]
     return "\n".join(lines)
 
 

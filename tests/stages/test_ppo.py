@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is exact in PPO, through the real stage."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from tiny import metrics, run, words
+
+from jaxrlhf import cli
+from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.stages.functions import call_reward
+from jaxrlhf.train.digest import content_digest
+
+
+def test_the_first_ratio_of_every_iteration_is_exactly_1(finished):
+    """At temperature 0.7, four microbatches a step, two epochs of two minibatches."""
+    lines = metrics(finished("ppo"))
+    assert len(lines) == 3
+    assert [line["ratio/first_off"] for line in lines] == [0, 0, 0]
+    assert all(line["ratio/off"] > 0 for line in lines)  # the test can tell
+    assert lines[0]["kl"] == 0
+    assert all(line["kl"] != 0 for line in lines[1:])
+
+
+def test_scores_land_on_the_last_token_and_nothing_counts_after_a_stop(finished):
+    finished("ppo")
+    assert len(finished.experience) == 3
+    stopped = 0
+    for rollout, scores, exp in finished.experience:
+        assert scores.dtype == np.float32
+        for b in range(len(scores)):
+            start, length = rollout.prompt_lengths[b], rollout.lengths[b]
+            last = start + length - 1
+            mask = np.zeros(exp.tokens.shape[1], bool)
+            mask[start : last + 1] = True
+            np.testing.assert_array_equal(exp.completion_mask[b], mask)
+            kl = exp.old_logprobs[b] - exp.ref_logprobs[b]
+            expected = np.where(mask, -0.05 * kl, 0).astype(np.float32)
+            expected[last] += scores[b]
+            np.testing.assert_allclose(exp.rewards[b], expected, rtol=1e-6, atol=1e-7)
+            for name in ("old_logprobs", "ref_logprobs", "values", "advantages", "returns"):
+                values = getattr(exp, name)[b]
+                assert not values[~mask].any(), name
+            assert exp.old_logprobs[b][mask].all()
+            assert (exp.segment_ids[b] > 0).sum() == last + 1
+            early = rollout.finish_reason[b] == 1
+            stopped += early
+            assert early or length == 12
+    assert 0 < stopped < 24  # both kinds were there
+
+
+def test_reference_and_reward_model_never_change(finished):
+    finished("ppo")
+    assert {name for name, _, _ in finished.frozen} == {"reference", "reward"}
+    for name, params, before in finished.frozen:
+        assert content_digest(params) == before, name
+
+
+FUNCTIONS = """
+calls = []
+
+def fraction(prompts, completions, colour, **columns):
+    assert len(prompts) == len(completions) == len(colour) == 8
+    assert all(isinstance(text, str) for text in completions)
+    calls.append(0)
+    return [0.7] * 8 if len(calls) == 1 else [0.7] * 7 + [float("nan")]
+"""
+
+
+def test_a_function_s_floats_stay_floats_and_its_nan_ends_the_run(
+    tiny, models, finished, tmp_path, capsys
+):
+    file = tmp_path / "mine.py"
+    file.write_text(FUNCTIONS)
+    keys = tiny.settings("ppo", models) | {"reward": f"{file}:fraction"}
+    assert cli.main(words("ppo", tmp_path / "run", keys)) == 1
+    text = capsys.readouterr().err
+    assert text.startswith("error: reward function fraction returned nan for sample 7")
+    assert "customer" in text  # the prompt of that sample
+    [line] = metrics(tmp_path / "run")
+    assert line["reward"] == line["reward/fraction"] == pytest.approx(0.7, rel=1e-7)
+    assert (tmp_path / "run" / "checkpoints" / "1" / "manifest.json").is_file()  # nothing is lost
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ([1.0, None], "returned None for sample 1"),
+        ([float("inf"), 1.0], "returned inf for sample 0"),
+        ([1.0, "good"], "returned 'good' for sample 1"),
+        ([1.0], "returned 1 values for 2 completions"),
+        ([1.0] * 3, "returned 3 values for 2 completions"),
+        (None, "raised TypeError"),
+        (1.0, "raised TypeError"),
+        (KeyError("colour"), "raised KeyError: 'colour'"),
+    ],
+)
+def test_a_reward_that_is_no_number_is_an_error_that_names_it(returned, said):
+    def function(prompts, completions):
+        if isinstance(returned, Exception):
+            raise returned
+        return returned
+
+    with pytest.raises(JaxrlhfError) as error:
+        call_reward(function, "mine", ["a", "b"], ["c", "d"], {})
+    assert "reward function mine " + said in str(error.value)
+
+
+@pytest.mark.parametrize("values", [[0.7, 0.2], [1, 0], [True, False], np.array([0.7, 0.2])])
+def test_rewards_of_any_number_type_become_float32(values):
+    found = call_reward(lambda prompts, completions: values, "mine", ["a", "b"], ["c", "d"], {})
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, np.asarray(values, np.float32))
+
+
+def test_a_model_of_the_wrong_kind_is_refused(tiny, models, tmp_path, capsys):
+    cases = [
+        ("ppo", tiny.ppo(models.judge, models.judge), "judge/export is a reward model"),
+        ("ppo", tiny.ppo(models.base, models.base), "base/export is a language model"),
+        ("sft", tiny.sft(models.judge), "judge/export is a reward model"),
+        ("dpo", tiny.comparisons(models.judge), "judge/export is a reward model"),
+        (
+            "dpo",
+            {**tiny.comparisons(models.base), "reference": str(models.judge)},
+            "judge/export is a reward model",
+        ),
+    ]
+    for i, (stage, keys, said) in enumerate(cases):
+        assert cli.main(words(stage, tmp_path / str(i), keys)) == 1
+        text = capsys.readouterr().err
+        assert said in text, (stage, text)
+        assert "is needed here" in text
+
+
+def test_another_tokenizer_is_refused(tiny, models, stories, tmp_path, capsys):
+    judge = tmp_path / "judge"
+    shutil.copytree(models.judge / "export", judge)
+    file = judge / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocab = content["model"]["vocab"]
+    vocab[-1], vocab[-2] = vocab[-2], vocab[-1]
+    file.write_text(json.dumps(content))
+    cases = [
+        ("ppo", tiny.ppo(models.base, judge)),
+        ("ppo", {**tiny.ppo(models.base, models.judge), "reference": str(stories)}),
+        ("dpo", {**tiny.comparisons(models.base), "reference": str(stories)}),
+    ]
+    for i, (stage, keys) in enumerate(cases):
+        assert cli.main(words(stage, tmp_path / str(i), keys)) == 2
+        assert "have different tokenizers" in capsys.readouterr().err
+
+
+VARIANTS = {
+    "reward critic, exact KL": {
+        "rl.critic": "reward",
+        "rl.kl_in_reward": "exact",
+        "sampling.temperature": 1.0,
+    },
+    "policy critic, entropy": {"rl.critic": "policy", "rl.entropy_coef": 0.01},
+    "rloo": {"rl.advantage": "rloo", "rl.samples_per_prompt": 4},
+    "group, whole batch": {"rl.advantage": "group", "train.microbatch_size": None},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_at_rate_0_every_ratio_is_1_and_no_kl_is_seen(variant, tiny, models, tmp_path):
+    keys = tiny.settings("ppo", models) | {"train.steps": 2, "optim.learning_rate": 0.0}
+    keys |= VARIANTS[variant]
+    if "advantage" in str(keys):
+        del keys["rl.critic"]
+    result = run("ppo", tmp_path, **keys)
+    assert result.exit_code == 0
+    lines = metrics(tmp_path)
+    assert len(lines) == 2
+    for line in lines:
+        assert line["ratio/first_off"] == line["ratio/off"] == line["kl"] == 0
+        assert line["grad_norm"] > 0
+        assert line["approx_kl"] == 0
+    tokenless = {"rloo", "group, whole batch"}
+    assert all(("value_loss" in str(line)) != (variant in tokenless) for line in lines)
