@@ -35,6 +35,11 @@ class OptimSection(Section):
         default=1.0,
         description="largest global norm of the accumulated gradient; null = no clipping",
     )
+    rate_factors: dict[str, PositiveFloat] = Field(
+        default_factory=dict,
+        description="factors on the learning rate by parameter path, e.g. {critic: 5}; the longest "
+        "path that leads to a parameter counts",
+    )
     # Of one optimizer or the other; train.optim says which, a setting nobody reads is an error.
     b1: Share | None = Field(default=None, description="adamw: decay of the first moment (0.9)")
     b2: Share | None = Field(default=None, description="adamw: decay of the second moment (0.999)")

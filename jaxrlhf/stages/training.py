@@ -81,6 +81,7 @@ def optimizer(section: OptimSection, steps: int) -> tuple[Any, Any]:
         final_ratio=section.final_ratio,
         weight_decay=section.weight_decay,
         clip_norm=section.clip_norm,
+        rate_factors=section.rate_factors,
         **section.settings(),
     )
 

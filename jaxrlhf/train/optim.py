@@ -2,12 +2,13 @@
 """Optimizers and learning-rate schedules, by name.
 
 Every optimizer is the same chain: clip by the global norm of the accumulated gradient, the
-preconditioner, decoupled weight decay on matrices only, the scheduled rate. A new one is a function
-that returns its preconditioner, and a line in OPTIMIZERS; its keyword parameters are its settings.
+preconditioner, decoupled weight decay on matrices only, the scheduled rate, times a factor of their
+own for parameters that have one. A new one is a function that returns its preconditioner, and a
+line in OPTIMIZERS; its keyword parameters are its settings.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -137,6 +138,48 @@ def make_schedule(
     return optax.join_schedules([rise, after], [up])
 
 
+def path_factors(factors: Mapping[str, float], params: Params) -> Any:
+    """For every leaf its factor: that of the longest path in `factors` which leads to it, or 1.
+
+    A path is keys joined by "/": "critic", "actor/layers/mlp".
+
+    Raises:
+        ConfigError: a path that leads to no leaf.
+    """
+    paths = [tuple(path.strip("/").split("/")) for path in factors]
+    values = dict(zip(paths, factors.values(), strict=True))
+    used: set[tuple[str, ...]] = set()
+    starts: set[str] = set()
+
+    def factor(path: tuple[Any, ...], leaf: Any) -> float:
+        keys = tuple(str(getattr(key, "key", key)) for key in path)
+        starts.update("/".join(keys[:n]) for n in (1, 2) if n < len(keys))
+        found = [p for p in paths if keys[: len(p)] == p]
+        used.update(found)
+        return values[max(found, key=len)] if found else 1.0
+
+    tree = jax.tree_util.tree_map_with_path(factor, params)
+    if wrong := [path for path, keys in zip(factors, paths, strict=True) if keys not in used]:
+        raise ConfigError(
+            f"optim.rate_factors: {', '.join(wrong)}: no parameters there; there are "
+            f"{', '.join(sorted(starts))}"
+        )
+    return tree
+
+
+def scale_by_path(factors: Mapping[str, float]) -> optax.GradientTransformation:
+    """Multiplies updates by the factors of `path_factors`: learning rates of their own."""
+
+    def init(params: Params) -> optax.OptState:
+        path_factors(factors, params)
+        return optax.EmptyState()
+
+    def update(updates: Any, state: optax.OptState, params: Params | None = None) -> Any:
+        return jax.tree.map(jnp.multiply, updates, path_factors(factors, updates)), state
+
+    return optax.GradientTransformation(init, update)
+
+
 def make_optimizer(
     name: str = "adamw",
     learning_rate: float = 1e-5,
@@ -147,6 +190,7 @@ def make_optimizer(
     final_ratio: float = 0.0,
     weight_decay: float = 0.0,
     clip_norm: float | None = 1.0,
+    rate_factors: Mapping[str, float] | None = None,
     **settings: Any,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """An optimizer and its schedule.
@@ -157,6 +201,8 @@ def make_optimizer(
         schedule, warmup, steps, final_ratio: see `make_schedule`.
         weight_decay: per unit of learning rate, decoupled, on the leaves of `decay_mask`.
         clip_norm: the largest global norm of a gradient; None or 0 = no clipping.
+        rate_factors: the learning rate (and with it the decay) of the parameters below a path is
+            multiplied by this; see `path_factors`, whose errors `init` raises.
 
     Returns:
         (transformation, schedule). The optimizer's statistics are fp32 (see `adamw`) even where
@@ -181,6 +227,8 @@ def make_optimizer(
     parts.append(OPTIMIZERS[name](**settings))
     if weight_decay:
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
+    if rate_factors:
+        parts.append(scale_by_path(rate_factors))
     parts.append(optax.scale_by_learning_rate(rate))
     chain = optax.chain(*parts)
 

@@ -9,7 +9,14 @@ import pytest
 import toy
 
 from jaxrlhf.errors import ConfigError
-from jaxrlhf.train.optim import OPTIMIZERS, SCHEDULES, decay_mask, make_optimizer, make_schedule
+from jaxrlhf.train.optim import (
+    OPTIMIZERS,
+    SCHEDULES,
+    decay_mask,
+    make_optimizer,
+    make_schedule,
+    path_factors,
+)
 
 
 def gradient_stream(n, scale=1.0):
@@ -189,3 +196,31 @@ def test_every_optimizer_lowers_a_quadratic(name):
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     assert loss(params) < 0.9 * first
+
+
+def test_rate_factors_scale_whole_steps_of_the_parameters_below_their_path():
+    def one_step(**settings):
+        tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1, **settings)
+        params = {"actor": toy.params(), "critic": toy.params()}
+        grads = {"actor": next(gradient_stream(1)), "critic": next(gradient_stream(1))}
+        updates, _ = tx.update(grads, tx.init(params), params)
+        return updates
+
+    plain, scaled = one_step(), one_step(rate_factors={"critic": 5.0})
+    jax.tree.map(np.testing.assert_array_equal, plain["actor"], scaled["actor"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(5 * a, b, rtol=1e-6),
+        plain["critic"],
+        scaled["critic"],
+    )
+
+
+def test_the_longest_path_counts_whole_keys_only_and_one_that_leads_nowhere_is_named():
+    params = {"a": {"bb": {"kernel": 0.0}, "b": {"kernel": 0.0, "bias": 0.0}}, "ab": {"bias": 0.0}}
+    found = path_factors({"a": 2.0, "a/b": 3.0, "a/b/bias": 5.0}, params)
+    assert found == {
+        "a": {"bb": {"kernel": 2.0}, "b": {"kernel": 3.0, "bias": 5.0}},
+        "ab": {"bias": 1.0},
+    }
+    with pytest.raises(ConfigError, match=r"optim\.rate_factors: critic: no parameters.*a/bb, ab"):
+        path_factors({"critic": 2.0}, params)
