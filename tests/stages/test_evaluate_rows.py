@@ -50,3 +50,12 @@ def test_an_implicit_reward_is_a_difference_from_the_reference(tiny, models, tmp
     own = found(tmp_path / "own", **keys)
     assert own["metrics"]["margin/std"] > 0
     assert "own completion log-probs" in own["notes"][0]
+
+
+def test_scores_come_in_the_order_of_the_data(tiny, models, tmp_path):
+    rows = [{"prompt": "", "completion": "thanks " * n + "please"} for n in (9, 1, 6, 3, 8, 2, 5)]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows)
+    keys = {"model": str(models.base), "data": str(data), "batch_size": 2}
+    assert run("score", tmp_path / "run", **keys).exit_code == 0
+    counts = [len(row["token_ids"]) for row in read_jsonl(tmp_path / "run" / "scores.jsonl")]
+    assert np.argsort(counts).tolist() == np.argsort([len(r["completion"]) for r in rows]).tolist()
