@@ -7,6 +7,7 @@ Nothing heavy is imported before it is needed: `jaxrlhf --help` reads neither th
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import re
 import sys
@@ -70,6 +71,7 @@ OPERANDS = {
 }
 WITH_OUTPUT_FILE = ("generate", "score", "export", "report", "data pairs")
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 MAX_LINES = 40  # of an error: one screen
 
 
@@ -92,6 +94,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        where = f" {error.filename}" if error.filename else ""
+        print(
+            one_screen(
+                f"error: cannot write{where}: {error.strerror}. Free some space and call it again: "
+                "what has been saved so far is untouched"
+            ),
+            file=sys.stderr,
+        )
+        return 1
 
 
 def command_line(arguments: list[str]) -> int:

@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from jaxrlhf.config.base import (
+    CONTENT,
     FREE,
     ModelName,
     Natural,
@@ -17,6 +18,7 @@ from jaxrlhf.config.base import (
     Positive,
     Section,
     SourceName,
+    Where,
     as_list,
 )
 from jaxrlhf.config.data import DataSection, Source, Sources, TextDataSection
@@ -33,7 +35,8 @@ from jaxrlhf.config.world import WorldSizes
 
 Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list), FREE]
 Models = Annotated[list[ModelName], BeforeValidator(as_list)]
-Paths = Annotated[list[PathName], BeforeValidator(as_list)]
+# Run directories that are read: what lies in them is an input, unlike a path that is written to.
+Runs = Annotated[list[Annotated[str, Where("path"), CONTENT]], BeforeValidator(as_list)]
 Texts = Annotated[list[str], BeforeValidator(as_list)]
 
 
@@ -315,7 +318,7 @@ class ReportConfig(StageConfig):
 
     summary: ClassVar[str] = "one HTML page of plots, tables and samples"
     needs: ClassVar[dict[str, str]] = {"runs": "give run directories"}
-    runs: Paths = Field(default_factory=list, description="run or pipeline directories")
+    runs: Runs = Field(default_factory=list, description="run or pipeline directories")
     output: PathName | None = Field(
         default=None, description="the file written; null = report.html in the (first) run"
     )

@@ -66,10 +66,11 @@ def content_of(place: str) -> str:
 
 
 def contents(config: Section) -> dict[str, str]:
-    """{dotted key: content digest} of every model and source a configuration names."""
+    """{dotted key: content digest} of every model, source and run a configuration reads."""
     found = {}
     for path, value, shape in walk(config):
-        if not isinstance(value, str) or shape.where not in ("model", "source", "reward"):
+        reads = shape.where in ("model", "source", "reward") or shape.resume == "content"
+        if not isinstance(value, str) or not reads:
             continue
         if shape.where == "reward" and is_function(value):
             continue  # its code is part of the settings' digest

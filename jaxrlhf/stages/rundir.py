@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,30 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """A tokenizer's files into a folder.
+
+    Raises:
+        JaxrlhfError: they cannot be written.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the tokenizers library raises no OSError
+        raise JaxrlhfError(
+            f"the tokenizer cannot be written to {folder}: {error}. Free some space or give "
+            "another --output; what has been saved so far is untouched and the run can be resumed"
+        ) from error
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """A tokenizer's folder, whole or not at all: what was there before stays until then."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    write_tokenizer(tokenizer, partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
 
 
 def read_summary(run: Path) -> dict[str, Any] | None:

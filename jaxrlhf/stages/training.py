@@ -26,11 +26,18 @@ from jaxrlhf.parallel.rules import put_batch, use_mesh
 from jaxrlhf.stages import lineage
 from jaxrlhf.stages.card import model_card
 from jaxrlhf.stages.recipe import Advance, Recipe
-from jaxrlhf.stages.rundir import peak_memory_bytes, read_summary, run_directory, write_json
+from jaxrlhf.stages.rundir import (
+    peak_memory_bytes,
+    read_summary,
+    run_directory,
+    save_tokenizer,
+    write_json,
+    write_tokenizer,
+)
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.train.digest import content_digest
 from jaxrlhf.train.loop import train
-from jaxrlhf.train.metrics import MetricWriter
+from jaxrlhf.train.metrics import MetricWriter, last_values
 from jaxrlhf.train.optim import make_optimizer
 from jaxrlhf.train.state import TrainState, place_state
 from jaxrlhf.train.step import TrainStep, jit_train_step, make_train_step
@@ -197,7 +204,7 @@ def _run(
     )
     state, start = _restore(command, state, where, checkpoints, output, resume)
     if distributed.is_primary():
-        recipe.tokenizer.save_pretrained(output / "tokenizer")
+        save_tokenizer(recipe.tokenizer, output / "tokenizer")
 
     train_step = jit_train_step(
         make_train_step(
@@ -293,6 +300,8 @@ def _finish(
 ) -> StageResult:
     """Export and summary."""
     content = None
+    # A run that was killed after its last step has nothing left to do, but has its figures.
+    metrics = {**last_values(output), **outcome.metrics}
     if outcome.exit_code == 0:
         params = weights_of(outcome.state)
         best = checkpoints.best() if config.train.keep_best else None
@@ -306,7 +315,7 @@ def _finish(
         for name in recipe.exported:
             params = params[name]
         content = content_digest({k: v for k, v in params.items() if k != "value"})
-        export(output / "export", params, recipe, command, config, outcome.metrics)
+        export(output / "export", params, recipe, command, config, metrics)
     earlier = read_summary(output) or {}
     seconds = time.perf_counter() - began
     if distributed.is_primary():
@@ -315,17 +324,17 @@ def _finish(
             "steps_done": outcome.step,
             "steps_planned": recipe.steps,
             "exit_reason": outcome.reason,
-            "metrics": {k: v for k, v in outcome.metrics.items() if v == v},
+            "metrics": {k: v for k, v in metrics.items() if v == v},
             "content": content,
             "files": exported_files(output) if content is not None else None,
             "parents": lineage.contents(config),
-            "tokens": outcome.metrics.get("tokens_seen"),
+            "tokens": metrics.get("tokens_seen"),
             "wall_seconds": round(seconds + earlier.get("wall_seconds", 0.0), 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }
         write_json(output / "summary.json", {k: v for k, v in summary.items() if v is not None})
     distributed.barrier("summary")
-    return StageResult(output, outcome.exit_code, outcome.metrics, outcome.message)
+    return StageResult(output, outcome.exit_code, metrics, outcome.message)
 
 
 def exported_files(output: Path) -> dict[str, Any]:
@@ -357,7 +366,7 @@ def export(
         model_card=model_card(command, config, recipe, metrics),
     )
     if distributed.is_primary():
-        recipe.tokenizer.save_pretrained(partial)
+        write_tokenizer(recipe.tokenizer, partial)
         if jax.process_count() == 1:
             kept = {k: params[k] for k in params if k not in ("value", _other_head(recipe.kind))}
             back = load_hf(partial, kind=recipe.kind)

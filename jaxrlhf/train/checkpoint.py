@@ -14,6 +14,7 @@ computed, never pointed to; older checkpoints go only after the new one is known
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import threading
@@ -187,6 +188,7 @@ class Checkpoints:
         self.wait()
         from orbax.checkpoint import v1 as ocp
 
+        logging.getLogger("absl").addFilter(_not_of_a_thread)
         items = _items(state)
         need = sum(x.nbytes for x in jax.tree.leaves(items))
         try:
@@ -433,6 +435,11 @@ class Checkpoints:
         if same_dtypes and content_digest(loaded["params"]) != record["content"]["params"]:
             raise CheckpointError(f"{self.path(step)}: the parameters read differ from those saved")
         return loaded
+
+
+def _not_of_a_thread(record: logging.LogRecord) -> bool:
+    """Leaves out the tracebacks that Orbax logs from its threads: `wait` raises their errors."""
+    return "_SignalingThread.run()" not in str(record.msg)
 
 
 def _items(state: TrainState) -> dict[str, Any]:

@@ -190,6 +190,21 @@ def truncate(path: Path, step: int) -> None:
     os.replace(new, path)
 
 
+def last_values(folder: str | Path) -> dict[str, float]:
+    """The last number of each kind in metrics.jsonl, evaluation under "eval/"; no times."""
+    path = Path(folder) / "metrics.jsonl"
+    found: dict[str, float] = {}
+    if not path.is_file():
+        return found
+    for line in path.read_text(encoding="utf-8").splitlines():
+        content = json.loads(line)
+        prefix = "" if content.pop("split") == "train" else "eval/"
+        del content["step"]
+        kept = {k: v for k, v in content.items() if v is not None and not k.startswith("time/")}
+        found.update({prefix + k: v for k, v in kept.items()})
+    return found
+
+
 def _finite(x: Any) -> Any:
     """JSON knows no NaN and no infinity: null stands for them."""
     if isinstance(x, Mapping):
