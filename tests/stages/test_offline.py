@@ -90,6 +90,9 @@ def test_one_pass_of_8_rows_is_8_passes_of_one(stage, tiny, models, tmp_path):
     from jaxrlhf.stages import _recipe
 
     keys = tiny.settings(stage, models)
+    if stage == "reward":
+        # With a fresh head the two completions of a pair cancel, and with them all but rounding.
+        keys["model"] = str(models.judge)
     if stage == "ppo":
         keys |= {"train.microbatch_size": 8, "rl.minibatches": 1}
     else:
