@@ -26,7 +26,7 @@ from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.functions import call_reward, load_function
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.training import check_fits
-from jaxrlhf.types import LMBatch, Params
+from jaxrlhf.types import LMBatch, Params, Rollout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Completions:
     """Sampled completions, n for each of several prompts, those of a prompt side by side."""
 
     prompts: list[Turn]  # as in the data: text or messages
-    prompt_ids: list[Sequence[int]]
+    prompt_ids: list[list[int]]
     columns: dict[str, list[Any]]  # the other columns of the prompts' rows
     texts: list[str]
     token_ids: list[list[int]]  # the stop token included
@@ -113,8 +113,8 @@ def make_completer(
 
     def complete(params: Params, prompts: PromptSet, n: int, key: jax.Array) -> Completions:
         index = np.repeat(np.arange(len(prompts)), n)
-        ids = [prompts.prompt_ids(int(i)) for i in index]
-        found = sampler(params, [row.tolist() for row in ids], key)
+        ids = [prompts.prompt_ids(int(i)).tolist() for i in index]
+        found = sampler(params, ids, key)
         texts = [
             decode_continuation(model.tokenizer, prompt, without_stop(sample, model.tokenizer))
             for prompt, sample in zip(ids, found, strict=True)
@@ -122,7 +122,7 @@ def make_completer(
         names = dict.fromkeys(name for row in prompts.columns for name in row)
         return Completions(
             prompts=[prompts.prompts[i] for i in index],
-            prompt_ids=list(ids),
+            prompt_ids=ids,
             columns={name: [prompts.columns[i].get(name) for i in index] for name in names},
             texts=texts,
             token_ids=[sample.token_ids for sample in found],
@@ -141,7 +141,9 @@ def without_stop(sample: Any, tokenizer: Any) -> list[int]:
 
 
 # Scores a set of completions: (prompts, completions as text, columns, rows) -> float32 [n]
-Scorer = Callable[[Sequence[Turn], Sequence[str], Mapping[str, Sequence], LMBatch], np.ndarray]
+Scorer = Callable[
+    [Sequence[Turn], Sequence[str], Mapping[str, Sequence], LMBatch | Rollout], np.ndarray
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +158,7 @@ class Judge:
         prompts: Sequence[Turn],
         texts: Sequence[str],
         columns: Mapping[str, Sequence],
-        rows: LMBatch,
+        rows: LMBatch | Rollout,
     ) -> dict[str, np.ndarray]:
         """Scores by name, each float32 [n], before weighting."""
         return {
@@ -166,7 +168,7 @@ class Judge:
     def total(self, scores: Mapping[str, np.ndarray]) -> np.ndarray:
         """The weighted sum, float32 [n]: what is optimised."""
         parts = [self.weights[name] * scores[name] for name in self.weights]
-        return np.sum(parts, axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(np.sum(parts, axis=0, dtype=np.float64), np.float32)
 
 
 def make_judge(

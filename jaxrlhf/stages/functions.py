@@ -14,6 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -50,7 +51,7 @@ def load_function(source: str) -> RewardFunction:
     except Exception as error:  # whatever a user's file can raise
         what = f"{type(error).__name__}: {error}"
         raise ConfigError(f"reward {source}: {place} cannot be read: {what}") from error
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         found = [n for n in vars(module) if not n.startswith("_") and callable(vars(module)[n])]
         raise ConfigError(
@@ -62,8 +63,8 @@ def load_function(source: str) -> RewardFunction:
 def call_reward(
     function: RewardFunction,
     label: str,
-    prompts: Sequence[str],
-    completions: Sequence[str],
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
     columns: Mapping[str, Sequence],
 ) -> np.ndarray:
     """Rewards of completions, float32 [B]: exactly one finite number each.

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxrlhf.config.model import Architecture, ModelSection
+from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
 from jaxrlhf.data.tokenizer import check_vocabulary, is_path, load_tokenizer
 from jaxrlhf.errors import ModelError
 from jaxrlhf.models.config import ModelConfig, Runtime
@@ -170,10 +170,11 @@ def open_model(
 
 
 def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str) -> Model:
-    if section.init is None or section.tokenizer is None or key is None:
+    fresh = section.init if isinstance(section, FreshModelSection) else None
+    if fresh is None or section.tokenizer is None or key is None:
         raise ModelError("model: give model.path, or model.init and model.tokenizer")
     tokenizer = load_tokenizer(section.tokenizer)
-    config = new_config(section.init, len(tokenizer))
+    config = new_config(fresh, len(tokenizer))
     check_vocabulary(tokenizer, config.vocab_size)
     where, _ = shardings(logical_axes(config), abstract_params(config), mesh)
     params = jax.jit(lambda key: init_params(key, config, param_dtype=dtype), out_shardings=where)(

@@ -227,7 +227,9 @@ def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:
             params["actor"], policy.runtime, hidden, batch.tokens, temperature=temperature
         )
         found = {"logprobs": logprobs, "completion_mask": mask}
-        stats = {name: found.get(name, getattr(batch, name, None)) for name in needs}
+        stats: dict[str, Any] = {
+            name: found.get(name, getattr(batch, name, None)) for name in needs
+        }
         losses, metrics = loss(*stats.values(), **settings)
         if config.rl.entropy_coef:
             _, entropies = head_logprobs(

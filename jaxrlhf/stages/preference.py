@@ -102,16 +102,18 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         del reference
 
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)
-    evaluate = None
+    evaluate: Callable[[Params, int], dict[str, float]] | None = None
     if held_out is not None:
         evaluation = evaluation_batches(held_out, config.data, pairs_per_step)
         beta = float(settings.get("beta", 1.0))
         against = held_out.ref_logprobs
 
-        def evaluate(params: Params, step: int) -> dict[str, float]:
+        def on_held_out(params: Params, step: int) -> dict[str, float]:
             found = logprobs(params, evaluation).astype(np.float64)
             rewards = beta * (found if against is None else found - against)
             return pair_metrics(rewards[:, 0], rewards[:, 1], held_out)
+
+        evaluate = on_held_out
 
     return Recipe(
         kind="lm",

@@ -131,7 +131,7 @@ class _Builder:
         loss_fn = sft.make_loss(self.architecture, self.runtime)
 
         def prepare(batch: LMBatch) -> LMBatch:
-            return batch.replace(weights=weights(batch.completion_mask))
+            return dataclasses.replace(batch, weights=weights(batch.completion_mask))
 
         scorer = jax.jit(sft.make_sums(self.architecture, self.runtime))
         return {

@@ -111,7 +111,7 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)
     loss = REWARD_LOSSES[config.loss.name]
-    evaluate = None
+    evaluate: Callable[[Params, int], dict[str, float]] | None = None
     if held_out is not None:
         scorer = make_scorer(
             model.config,
@@ -120,9 +120,11 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
             mesh,
         )
 
-        def evaluate(params: Params, step: int) -> dict[str, float]:
+        def on_held_out(params: Params, step: int) -> dict[str, float]:
             chosen, rejected = scorer(params).astype(np.float64).T
             return pair_metrics(chosen, rejected, held_out)
+
+        evaluate = on_held_out
 
     return Recipe(
         kind="reward",
