@@ -30,9 +30,7 @@ class Rows(Protocol):
 
 def row_hidden(params: Params, config: ModelConfig, runtime: Runtime, rows: Rows) -> jax.Array:
     """Hidden states [B, T, D] of rows."""
-    return hidden_states(
-        params, config, runtime, rows.tokens, rows.positions, rows.segment_ids
-    )
+    return hidden_states(params, config, runtime, rows.tokens, rows.positions, rows.segment_ids)
 
 
 @overload
@@ -90,9 +88,7 @@ def head_logprobs(
     return token_logprobs(hidden, kernel, tokens, temperature=temperature, chunk=chunk)
 
 
-def row_scores(
-    params: Params, config: ModelConfig, runtime: Runtime, rows: Rows
-) -> jax.Array:
+def row_scores(params: Params, config: ModelConfig, runtime: Runtime, rows: Rows) -> jax.Array:
     """A reward model's scores of whole rows, float32 [B]: its first output at the last token."""
     hidden = row_hidden(params, config, runtime, rows)
     return last_token_score(params, hidden, jnp.asarray(rows.segment_ids))[:, 0]
