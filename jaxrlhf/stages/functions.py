@@ -14,7 +14,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -57,7 +57,7 @@ def load_function(source: str) -> RewardFunction:
         raise ConfigError(
             f"reward {source}: {place} has no function {name!r}; it has {', '.join(found[:12])}"
         )
-    return function
+    return cast(RewardFunction, function)
 
 
 def call_reward(
