@@ -14,6 +14,8 @@ import numpy as np
 from flax.linen import spmd as nn_spmd
 from jax.sharding import PartitionSpec
 
+from jaxrlhf.types import Array
+
 # Padding the last shard is cheaper than a copy of the vocabulary on every device.
 UNEVEN = "visit_vocab"
 
@@ -24,7 +26,7 @@ def on_mesh() -> bool:
     return not mesh.empty and mesh.size > 1 and bool(nn.get_logical_axis_rules())
 
 
-def place(x: jax.Array, *names: str | None) -> jax.Array:
+def place(x: Array, *names: str | None) -> Array:
     """States the logical axis of every dimension of `x`; None leaves one whole on each device.
 
     Does nothing outside of a mesh with rules (parallel.rules.use_mesh). A dimension that its mesh

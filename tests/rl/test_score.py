@@ -64,7 +64,9 @@ def test_a_rollout_has_groups_side_by_side_and_its_policy_step():
         n = int(r.prompt_lengths[a])
         np.testing.assert_array_equal(r.tokens[a, :n], r.tokens[b, :n])
     assert r.policy_step.tolist() == [3] * 6
-    assert len({tuple(row) for row in np.asarray(r.tokens).tolist()}) == 6
+    # Two completions of a few tokens may well be the same; those of all groups, hardly.
+    different = [(r.tokens[a] != r.tokens[b]).any() for a, b in ((0, 1), (2, 3), (4, 5))]
+    assert sum(map(bool, different)) >= 2
 
 
 def test_keys_are_a_function_of_seed_stage_and_step():
