@@ -26,7 +26,13 @@ from jaxrlhf.rl.experience import needs_values
 from jaxrlhf.stages import preference, reward, sft
 from jaxrlhf.stages.models import Model, axes_of, make_runtime
 from jaxrlhf.stages.pairs import completion_logprobs
-from jaxrlhf.stages.ppo import make_experience, make_loss, make_minibatches, make_rollout
+from jaxrlhf.stages.ppo import (
+    exactly_repeatable,
+    make_experience,
+    make_loss,
+    make_minibatches,
+    make_rollout,
+)
 from jaxrlhf.stages.reward import pair_scores
 from jaxrlhf.stages.training import optimizer, passes
 from jaxrlhf.train.state import init_state
@@ -44,6 +50,8 @@ def stage_programs(
     of it. Raises ConfigError where the batch does not fit the mesh. Lower or call them in the scope
     of `parallel.rules.use_mesh`.
     """
+    if isinstance(config, PPOConfig):
+        config = exactly_repeatable(config, mesh)
     build = _Builder(config, architecture, make_runtime(config.model, architecture, mesh), mesh)
     if isinstance(config, PPOConfig):
         return build.ppo(config)

@@ -58,7 +58,9 @@ CASES = {
         0.0,
     ),
     "gpt2, remat": (GPT2, 0.7, 1, Runtime(remat=True), True, 0.0),
-    "gpt2, accumulated": (GPT2, 1.0, 2, Runtime(unroll=True, fuse=False), False, 1e-2),
+    # Layers with biases, accumulated, stay under a scan (stages.ppo.exactly_repeatable): unrolled,
+    # a few tokens differ by a rounding.
+    "gpt2, accumulated": (GPT2, 1.0, 2, Runtime(fuse=False), False, 1e-2),
 }
 
 
