@@ -128,7 +128,7 @@ def exported(folder):
 
 
 def test_two_processes_train_like_one(tiny, models, tmp_path):
-    keys = tiny.sft(models.base) | {"train.save_every": 3}
+    keys = tiny.sft(models.base) | {"train.save_every": 3, "optim.learning_rate": 1e-3}
     assert run("sft", tmp_path / "one", **keys).exit_code == 0
     two = run_in_processes(
         2,
