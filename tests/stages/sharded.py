@@ -109,17 +109,25 @@ def fresh(abstract, architecture, seed=0):
         made = init_params(jax.random.key(seed), architecture, heads=heads)
         if "value" in heads:  # starts at zero, which would hide its trunk's gradients
             made["value"]["kernel"] = made["final_norm"]["scale"][:, None] * 0.1
-        return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), made, shapes)
+        return made
 
-    if "embed" in abstract:
-        return one(seed, abstract)
-    return {name: one(seed + i, abstract[name]) for i, name in enumerate(sorted(abstract))}
+    def all_of():
+        if "embed" in abstract:
+            return one(seed, abstract)
+        return {name: one(seed + i, abstract[name]) for i, name in enumerate(sorted(abstract))}
+
+    # One program for all leaves; made in one place, for random bits may depend on the sharding.
+    made = jax.jit(all_of)()
+    return jax.tree.map(lambda x, s: jax.device_put(x, s.sharding), made, abstract)
 
 
 def fresh_state(program, architecture):
     """The first argument of a train step, made of fresh parameters and zeros."""
     abstract = program.args[0]
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), abstract)
+    zeros = jax.jit(
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), abstract),
+        out_shardings=jax.tree.map(lambda s: s.sharding, abstract),
+    )()
     return zeros.replace(params=fresh(abstract.params, architecture))
 
 
@@ -147,7 +155,7 @@ def first_moments(state):
     return named(host(moments))
 
 
-def run(stage, architecture, mesh, steps):
+def run(stage, architecture, mesh, steps, whole):
     """All that is compared: gradients, what the trained model says, FLOPs, placements."""
     config = settings(stage)
     key = jax.random.key(5)
@@ -172,8 +180,9 @@ def run(stage, architecture, mesh, steps):
             batches = [
                 put_batch(batch_of(stage, seed, architecture.vocab_size), mesh) for seed in (1, 2)
             ]
-            scorer = programs["scorer"]
-            compiled["scorer"] = scorer.function.lower(*scorer.args).compile()
+            if whole:
+                scorer = programs["scorer"]
+                compiled["scorer"] = scorer.function.lower(*scorer.args).compile()
         for i in range(steps):
             state, metrics = step(state, {}, batches[i % len(batches)], key)
             if i == 0:
@@ -190,7 +199,7 @@ def run(stage, architecture, mesh, steps):
         runtime = out_runtime(config, architecture, mesh)
         rows = put_batch(LMBatch(**token_rows(9, architecture.vocab_size, ROWS)), mesh)
         out["said"] = host(jax.jit(lambda p, b: said(p, architecture, runtime, b))(params, rows))
-        if stage != "reward":
+        if whole and stage != "reward":
             out["greedy"] = greedy(params, architecture, runtime, mesh)
         out["flops"] = {name: flops(c) * mesh.size for name, c in compiled.items()}
     return out
@@ -262,15 +271,15 @@ def relative(a, b):
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
 
 
-def compare(stage, meshes, model="divides", steps=20):
-    """What a mesh does against one device, for each of `meshes` (names)."""
+def compare(stage, meshes, model="divides", steps=20, whole=True):
+    """What a mesh does against one device, for each of `meshes` (names); training alone, or all."""
     architecture = {"divides": DIVIDES, "ragged": RAGGED}[model]
     jax.config.update("jax_default_matmul_precision", "highest")
-    alone = run(stage, architecture, make_mesh(devices=jax.devices()[:1], fsdp=1), steps)
+    alone = run(stage, architecture, make_mesh(devices=jax.devices()[:1], fsdp=1), steps, whole)
     out = {}
     for name in meshes:
         mesh = make_mesh(**MESHES[name])
-        found = run(stage, architecture, mesh, steps)
+        found = run(stage, architecture, mesh, steps, whole)
         out[name] = {
             "gradients": {
                 leaf: relative(found["gradients"][leaf], g)
