@@ -222,7 +222,7 @@ class Checkpoints:
                 if jax.process_index() == 0:
                     self._commit(step, record, meta)
                     crash_point("committed", step)
-                    self._retain()
+                    self.retain()
                     crash_point("retained", step)
             except Exception as e:
                 self._error = self._failed(step, need, e)
@@ -306,7 +306,8 @@ class Checkpoints:
         _sync_folder(path)
         _sync_folder(self.folder)
 
-    def _retain(self) -> None:
+    def retain(self) -> None:
+        """Removes what is kept no longer. `save` does, once the new one is known to be good."""
         keep = set(self.steps()[-self.keep_last :]) | set(self._ranked()[: self.keep_best])
         for step in self.steps():
             if step not in keep:

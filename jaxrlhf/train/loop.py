@@ -151,6 +151,8 @@ def train(
             latest.clear()
         if checkpoints is not None:
             checkpoints.wait()
+            if done == start == steps and jax.process_index() == 0:
+                checkpoints.retain()  # killed between its last save and this
     except BaseException:
         if checkpoints is not None:
             checkpoints.settle()
