@@ -43,8 +43,13 @@ KEY = jax.random.key(7)
 @cache
 def model(name: str):
     params = init_params(jax.random.key(0), CONFIGS[name])
-    # Far from uniform, or a wrong position would hardly show.
-    return jax.tree.map(lambda x: x * (3 if x.ndim == 3 else 30 if x.ndim == 2 else 1), params)
+
+    # Far from uniform, or a wrong position would hardly show; not so far that nothing is drawn.
+    params = jax.tree.map(lambda x: x * (3 if x.ndim == 3 else 30 if x.ndim == 2 else 1), params)
+    for table in ("embed", "position_embed"):
+        if table in params:
+            params[table]["embedding"] *= 0.02 * CONFIGS[name].hidden_size ** 0.5
+    return params
 
 
 def prompts(seed=1):
