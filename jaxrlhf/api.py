@@ -17,24 +17,27 @@ File = str | os.PathLike[str]
 
 
 class Run:
-    """What a command left behind: its directory, exit code and figures; a model to talk to.
-
-    Attributes:
-        path: the run directory.
-        exit_code: 0 if everything planned was done.
-    """
+    """What a command left behind: its directory, exit code and figures; a model to talk to."""
 
     def __init__(self, result: Any):
-        self.path: Path = result.path
-        self.exit_code: int = result.exit_code
-        self._last: dict[str, float] = result.metrics
+        self._result = result
+
+    @property
+    def path(self) -> Path:
+        """The run directory."""
+        return self._result.path
+
+    @property
+    def exit_code(self) -> int:
+        """0 if everything planned was done."""
+        return int(self._result.exit_code)
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, oldest first; of commands without one, their figures."""
         file = self.path / "metrics.jsonl"
         if not file.is_file():
-            return [dict(self._last)]
+            return [dict(self._result.metrics)]
         return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
     @property
