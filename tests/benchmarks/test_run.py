@@ -24,6 +24,7 @@ def workloads():
     del sys.modules[spec.name]
 
 
+@pytest.mark.slow
 def test_every_figure_is_there(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, str(FOLDER / "run.py"), "--sizes", "smoke", "--repetitions", "1"]
@@ -44,6 +45,7 @@ def test_every_figure_is_there(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["dpo", "reward", "ppo"])
+@pytest.mark.slow
 def test_every_workload_runs(workloads, name):
     work = workloads.WORKLOADS[name]("smoke")
     work.run()
