@@ -15,23 +15,29 @@ from jaxrlhf import cli
 
 
 def text(tiny):
-    """A world of which nothing is used, a base model, two repetitions of SFT, and a report."""
+    """A world whose tokenizer is used, a base model, two repetitions of more of it, and a report.
+
+    Their step is the program of the base model that other tests share.
+    """
     data = f"data: {{train: {tiny.text}, max_length: {FEW['data.max_length']}}}"
     return f"""
 seed: 3
 stages:
   - stage: world
-    sizes: {{pretraining: 20, demonstrations: 10, prompts_train: 5, prompts_eval: 5}}
+    world_seed: 0
+    sizes: {{vocabulary: 400, pretraining: 9, demonstrations: 9, prompts_train: 5, prompts_eval: 5}}
   - name: base
     stage: pretrain
     model: {{init: {json.dumps(SHAPE)}, tokenizer: stage:world/tokenizer}}
     {data}
-    train: {{steps: 3, batch_size: 8, save_every: 1}}
+    train: {{steps: 3, batch_size: 16, save_every: 1}}
+    optim: {{learning_rate: 0.02, schedule: constant}}
   - name: tuned
     stage: pretrain
     model: stage:base
     {data}
-    train: {{steps: 3, batch_size: 8, save_every: 1}}
+    train: {{steps: 3, batch_size: 16, save_every: 1}}
+    optim: {{learning_rate: 0.02, schedule: constant}}
     for_each: {{seed: [0, 1]}}
   - stage: report
     runs: [stage:base, stage:tuned]

@@ -99,6 +99,7 @@ class Tiny:
             "train.eval_every": 6,
             "train.save_every": 4,
             "optim.learning_rate": 0.02,
+            "optim.schedule": "constant",
             **FEW,
             "train.batch_size": 16,
         }

@@ -32,6 +32,7 @@ def test_dpo_killed_while_it_saves_ends_the_same(tiny, models, finished, command
     assert sorted(found["checkpoints"]) == ["4", "6"]
 
 
+@pytest.mark.slow
 def test_a_run_whose_steps_grew_is_the_longer_run(tiny, models, tmp_path):
     keys = tiny.settings("sft", models) | {"optim.schedule": "constant", "train.eval_every": 100}
     assert run("sft", tmp_path / "long", **keys | {"train.steps": 4}).exit_code == 0

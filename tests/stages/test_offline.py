@@ -50,7 +50,12 @@ def padded_with_eos(models, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "stage",
-    ["reward", pytest.param("dpo", marks=SLOW), pytest.param("sft", marks=SLOW), "ppo"],
+    [
+        "reward",
+        pytest.param("dpo", marks=SLOW),
+        pytest.param("sft", marks=SLOW),
+        pytest.param("ppo", marks=SLOW),
+    ],
 )
 def test_padding_with_eos_changes_nothing(stage, tiny, finished, padded_with_eos, tmp_path):
     keys = tiny.settings(stage, padded_with_eos)
