@@ -19,6 +19,7 @@ from jaxrlhf.data.tokenizer import decode_continuation, encode_text, tokenizer_d
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.ops.masking import masked_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import batch_sharding, put_batch
@@ -215,7 +216,7 @@ def _model_scorer(source: str, section: ModelSection, model: Model, mesh: Mesh) 
         f"reward {source}",
         tokenizer_digest(judge.tokenizer),
     )
-    program = jax.jit(lambda params, rows: row_scores(params, judge.config, judge.runtime, rows))
+    program = jit(lambda params, rows: row_scores(params, judge.config, judge.runtime, rows), mesh)
     return lambda prompts, texts, columns, rows: to_host(program(judge.params, rows))
 
 
@@ -248,7 +249,6 @@ def _batches(found: Completions, mesh: Mesh, batch_size: int):
 def make_kl(model: Model, reference: Model, mesh: Mesh, *, temperature: float = 1.0) -> Any:
     """Returns `kl(params, completions)`: float64 [n], sum over tokens of log pi - log pi_ref."""
 
-    @jax.jit
     def program(params: Params, ref_params: Params, rows: LMBatch) -> jax.Array:
         new = row_logprobs(params, model.config, model.runtime, rows, temperature=temperature)
         old = row_logprobs(
@@ -256,9 +256,11 @@ def make_kl(model: Model, reference: Model, mesh: Mesh, *, temperature: float = 
         )
         return masked_sum(new - old, rows.completion_mask, axis=1)
 
+    compiled = jit(program, mesh)
+
     def kl(params: Params, found: Completions, batch_size: int = 64) -> np.ndarray:
         parts = [
-            to_host(program(params, reference.params, rows))[: sum(i >= 0 for i in indices)]
+            to_host(compiled(params, reference.params, rows))[: sum(i >= 0 for i in indices)]
             for indices, rows in _batches(found, mesh, batch_size)
         ]
         return np.concatenate(parts).astype(np.float64)

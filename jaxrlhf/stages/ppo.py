@@ -35,6 +35,7 @@ from jaxrlhf.models.rows import head_logprobs, head_values, row_hidden
 from jaxrlhf.ops.advantages import ESTIMATORS
 from jaxrlhf.ops.logprobs import exact_kl
 from jaxrlhf.ops.masking import keep, masked_sum, weighted_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import batch_sharding, put_batch, replicated
@@ -238,23 +239,22 @@ def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:
     def loss_fn(params: Params, frozen: Params, batch: Experience, key: jax.Array) -> Any:
         mask = batch.completion_mask
         hidden = row_hidden(params["actor"], policy.config, policy.runtime, batch)
-        logprobs = head_logprobs(
-            params["actor"], policy.runtime, hidden, batch.tokens, temperature=temperature
+        entropic = bool(config.rl.entropy_coef)
+        said = head_logprobs(
+            params["actor"],
+            policy.runtime,
+            hidden,
+            batch.tokens,
+            temperature=temperature,
+            entropy=entropic,
         )
+        logprobs, entropies = said if entropic else (said, None)
         found = {"logprobs": logprobs, "completion_mask": mask}
         stats: dict[str, Any] = {
             name: found.get(name, getattr(batch, name, None)) for name in needs
         }
         losses, metrics = loss(*stats.values(), **settings)
-        if config.rl.entropy_coef:
-            _, entropies = head_logprobs(
-                params["actor"],
-                policy.runtime,
-                hidden,
-                batch.tokens,
-                temperature=temperature,
-                entropy=True,
-            )
+        if entropic:
             bonus, more = entropy_bonus(entropies, mask, entropy_coef=config.rl.entropy_coef)
             losses, metrics = losses + bonus, {**metrics, **more}
         if with_values:
@@ -353,7 +353,7 @@ def make_experience(
         return exp, metrics
 
     rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
-    program = jax.jit(experience, out_shardings=(rows_sharding, whole))
+    program = jit(experience, mesh, out_shardings=(rows_sharding, whole))
     # An argument, not a constant: a sweep over it compiles nothing anew.
     coefficient = np.float32(rl.kl_coef)
     return lambda params, ref_params, rollout, scores: program(

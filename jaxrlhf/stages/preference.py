@@ -22,6 +22,7 @@ from jaxrlhf.data.tokenizer import tokenizer_digest
 from jaxrlhf.losses.preference import PREFERENCE_LOSSES
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.ops.masking import weighted_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
@@ -65,7 +66,7 @@ def make_logprobs(
     config: ModelConfig, runtime: Runtime, mesh: Mesh
 ) -> Callable[[Params, Batches], np.ndarray]:
     """(params, batches over a whole set) -> completion log-probs, float32 [n, 2]."""
-    program = jax.jit(lambda params, batch: completion_logprobs(params, config, runtime, batch))
+    program = jit(lambda params, batch: completion_logprobs(params, config, runtime, batch), mesh)
 
     def logprobs(params: Params, batches: Batches) -> np.ndarray:
         found = [to_host(program(params, put_batch(batch, mesh))) for batch in batches]

@@ -19,6 +19,7 @@ from jaxrlhf.losses.reward import REWARD_LOSSES
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.rows import row_scores
 from jaxrlhf.models.transformer import abstract_params
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import batch_sharding, replicated, shardings, state_shardings
 from jaxrlhf.planning.aot import Program, abstract
@@ -141,7 +142,7 @@ class _Builder:
         def prepare(batch: LMBatch) -> LMBatch:
             return dataclasses.replace(batch, weights=weights(batch.completion_mask))
 
-        scorer = jax.jit(sft.make_sums(self.architecture, self.runtime))
+        scorer = jit(sft.make_sums(self.architecture, self.runtime), self.mesh)
         return {
             "train_step": self.train_step(loss_fn, self.params("lm"), batch, self.rows, prepare),
             "scorer": Program(scorer, (self.placed("lm"), batch)),
@@ -151,7 +152,7 @@ class _Builder:
         batch, loss = self.pairs(with_reference=False), REWARD_LOSSES[config.loss.name]
         settings = keywords(loss, config.loss)
         loss_fn = reward.make_loss(self.architecture, self.runtime, loss, settings)
-        scorer = jax.jit(lambda p, b: pair_scores(p, self.architecture, self.runtime, b))
+        scorer = jit(lambda p, b: pair_scores(p, self.architecture, self.runtime, b), self.mesh)
         return {
             "train_step": self.train_step(loss_fn, self.params("score"), batch, self.rows),
             "scorer": Program(scorer, (self.placed("score"), batch)),
@@ -162,7 +163,9 @@ class _Builder:
         batch = self.pairs(with_reference=preference.needs_reference(loss))
         settings = keywords(loss, config.loss)
         loss_fn = preference.make_loss(self.architecture, self.runtime, loss, settings)
-        scorer = jax.jit(lambda p, b: completion_logprobs(p, self.architecture, self.runtime, b))
+        scorer = jit(
+            lambda p, b: completion_logprobs(p, self.architecture, self.runtime, b), self.mesh
+        )
         return {
             "train_step": self.train_step(loss_fn, self.params("lm"), batch, self.rows),
             "scorer": Program(scorer, (self.placed("lm"), batch)),
@@ -203,7 +206,7 @@ class _Builder:
 
         both = abstract(params, shardings(axes, params, self.mesh)[0])
         loss_fn = make_loss(config, model, critic)
-        judge = jax.jit(lambda p, r: row_scores(p, self.architecture, self.runtime, r))
+        judge = jit(lambda p, r: row_scores(p, self.architecture, self.runtime, r), self.mesh)
         return {
             "train_step": self.train_step(loss_fn, (params, axes), experience(rows), rows),
             "sampler": Program(

@@ -18,6 +18,7 @@ from jaxrlhf.losses.reward import REWARD_LOSSES
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.rows import row_scores
 from jaxrlhf.ops.masking import weighted_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
@@ -79,7 +80,7 @@ def make_scorer(
     model_config: ModelConfig, runtime: Runtime, batches: Batches, mesh: Mesh
 ) -> Callable[[Params], np.ndarray]:
     """params -> scores of every pair of a set, float32 [n, 2]."""
-    program = jax.jit(lambda params, batch: pair_scores(params, model_config, runtime, batch))
+    program = jit(lambda params, batch: pair_scores(params, model_config, runtime, batch), mesh)
 
     def scores(params: Params) -> np.ndarray:
         found = [to_host(program(params, put_batch(batch, mesh))) for batch in batches]

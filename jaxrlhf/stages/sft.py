@@ -13,6 +13,7 @@ from jaxrlhf.losses.lm import next_token
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.rows import row_logprobs
 from jaxrlhf.ops.masking import WEIGHTS, fixed_length_weights, weighted_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
 from jaxrlhf.stages.models import open_model
@@ -61,7 +62,7 @@ def make_sums(config: ModelConfig, runtime: Runtime) -> Any:
 
 def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: Mesh) -> Any:
     """(params, step) -> nats per token and perplexity over all of `batches`."""
-    sums = jax.jit(make_sums(config, runtime))
+    sums = jit(make_sums(config, runtime), mesh)
 
     def evaluate(params: Params, step: int) -> dict[str, float]:
         found = [sums(params, put_batch(batch, mesh)) for batch in batches]

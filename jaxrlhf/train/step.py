@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.types import Params
 
@@ -138,4 +139,4 @@ def jit_train_step(train_step: TrainStep, shardings: TrainState, mesh: Mesh) -> 
     compiles twice.
     """
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, whole))
+    return jit(train_step, mesh, donate_argnums=0, out_shardings=(shardings, whole))

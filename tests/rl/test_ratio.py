@@ -15,6 +15,7 @@ from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.transformer import init_params
 from jaxrlhf.ops.logprobs import token_logprobs
 from jaxrlhf.ops.masking import weighted_sum
+from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.rl.experience import build_experience, minibatches
 from jaxrlhf.rl.rollout import roll_out
 from jaxrlhf.rl.score import (
@@ -26,6 +27,7 @@ from jaxrlhf.rl.score import (
 )
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import make_train_step
+from jaxrlhf.types import LMBatch
 
 LLAMA = ModelConfig(
     vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, num_kv_heads=2, mlp_dim=48
@@ -74,7 +76,7 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
 
     prompts = jax.random.randint(jax.random.key(1), (EPISODES, 5), 0, 61)
     lengths = jax.random.randint(jax.random.key(2), (EPISODES,), 1, 6)
-    rollout = jax.jit(
+    rollout = jit(
         lambda p: roll_out(
             p, config, runtime, prompts, lengths, jax.random.key(3),
             max_new_tokens=12, temperature=temperature, stop_ids=(7, 8, 9),
@@ -87,7 +89,7 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
             score_values(params, config, runtime, rows),
         )
 
-    old, values = jax.jit(lambda r: in_minibatches(score, r, microbatch))(rollout)
+    old, values = jit(lambda r: in_minibatches(score, r, microbatch))(rollout)
     scores = jax.random.normal(jax.random.key(4), (EPISODES,))
     exp = build_experience(rollout, scores, old, old, values)
 
@@ -113,7 +115,7 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
         return total, {name: (x.astype(jnp.float32), mask.sum()) for name, x in off.items()}
 
     tx = optax.adam(rate)
-    step = jax.jit(make_train_step(loss_fn, tx, accum=accum))
+    step = jit(make_train_step(loss_fn, tx, accum=accum))
     state = TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={})
     for epoch in range(2):
         for i, batch in enumerate(minibatches(exp, jax.random.key(epoch), parts)):
@@ -125,3 +127,39 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
                 assert float(metrics["ratio"][0]) > 0  # the test can tell
     assert int(exp.completion_mask.sum()) > 60
     assert np.isfinite(float(metrics["loss"][0]))
+
+
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_a_forward_pass_gives_the_same_bits_with_a_gradient_as_without(architecture):
+    """Of a size at which XLA:CPU begins to hand groups of operations to a library."""
+    config = dataclasses.replace(
+        architecture, hidden_size=96, num_layers=1, mlp_dim=192, max_positions=112
+    )
+    runtime, shape = Runtime(unroll=True), (64, 112)
+    params = init_params(jax.random.key(0), config)
+    params = jax.tree.map(
+        lambda x: x + 0.05 * jax.random.normal(jax.random.key(7), x.shape), params
+    )
+    tokens = jax.random.randint(jax.random.key(1), shape, 0, 61)
+    rows = LMBatch(
+        tokens=tokens,
+        positions=jnp.broadcast_to(jnp.arange(112), shape),
+        segment_ids=jnp.ones(shape, jnp.int32),
+        completion_mask=jnp.ones(shape, bool),
+        weights=None,
+    )
+
+    def forward(params):
+        return score_logprobs(params, config, runtime, rows)
+
+    def with_gradient(params):
+        def loss(params):
+            logprobs = forward(params)
+            return jnp.sin(logprobs).sum(), logprobs
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    alone = np.asarray(jit(forward)(params))
+    (_, beside), _ = jit(with_gradient)(params)
+    assert np.ptp(alone) > 1
+    np.testing.assert_array_equal(alone, beside)
