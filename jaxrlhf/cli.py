@@ -278,8 +278,15 @@ def second_pass(config: StageConfig) -> Any:
 def prepare(*configs: StageConfig) -> None:
     """What jax and the HF libraries read from the environment when they are first imported."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(cache, "jaxrlhf", "xla"))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "jaxrlhf", "xla"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": 0.2,
+    }
+    for name, value in compiled.items():
+        if name not in os.environ:
+            os.environ[name] = str(value)
+            if "jax" in sys.modules:  # it reads them only once, and checking settings imports it
+                sys.modules["jax"].config.update(name.lower(), value)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(map(uses_hub, configs)):  # nothing touches the network unless a hub name is given

@@ -234,3 +234,21 @@ def test_python_api_raises_and_never_exits(stages):
         jaxrlhf.sft(model="./m", data="d.jsonl", lr=1)
     with pytest.raises(AttributeError):
         jaxrlhf.nothing  # noqa: B018
+
+
+def test_compiled_programs_are_kept_also_where_jax_was_imported_first(tmp_path):
+    code = (
+        "import jax; from jaxrlhf.cli import prepare; prepare(); "
+        "print(jax.config.jax_compilation_cache_dir); "
+        "print(jax.config.jax_persistent_cache_min_compile_time_secs)"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    for more, expected in (
+        ({}, f"{tmp_path}/jaxrlhf/xla\n0.2\n"),
+        ({"JAX_COMPILATION_CACHE_DIR": "/elsewhere"}, "/elsewhere\n0.2\n"),
+    ):
+        env = {**clean, "XDG_CACHE_HOME": str(tmp_path), **more}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        )
+        assert done.stdout == expected

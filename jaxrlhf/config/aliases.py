@@ -13,6 +13,7 @@ COMMON = {
     "dataset_name": "data.train",
     "max_length": "data.max_length",
     "group_by_length": "data.group_by_length",
+    "pad_to_multiple_of": "data.pad_to_multiple_of",
     "max_seq_length": "data.max_length",
     "max_prompt_length": "data.max_prompt_length",
     "completion_only_loss": "data.completion_only",

@@ -87,6 +87,11 @@ class DataSection(Section):
         default=False,
         description="rows of a batch are of like length: less padding, faster on varied lengths",
     )
+    pad_to_multiple_of: Positive = Field(
+        default=32,
+        description="batches are padded to this many tokens, or to a few multiples of it; every "
+        "length that occurs is compiled once",
+    )
     folds: Annotated[Int, Ge(2)] | None = Field(
         default=None, description="cross-validation: train is cut, by prompt, into so many parts"
     )

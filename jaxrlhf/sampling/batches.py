@@ -12,7 +12,7 @@ from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.sampling.decode import FINISH_REASONS, sample
 from jaxrlhf.sampling.filters import check_settings
 
-SHORTEST = 8  # the smallest bucket; the others are its doublings
+SHORTEST = 32  # the smallest bucket; the others are its doublings, and each is a program
 
 
 class Sampled(NamedTuple):

@@ -119,6 +119,7 @@ def training_batches(
         seed=seed,
         shuffle=data.shuffle,
         epochs=whole,
+        smallest=data.pad_to_multiple_of,
         largest=data.max_length,
         by_length=data.group_by_length,
     )
@@ -132,5 +133,11 @@ def evaluation_batches(rows: Rows, data: DataSection, batch_size: int) -> Batche
     """Every row once, those of like length together (`in_row_order` puts what comes of them right);
     the last batch is filled up with rows that weigh nothing."""
     return Batches(
-        rows, batch_size, shuffle=False, epochs=1, largest=data.max_length, by_length=True
+        rows,
+        batch_size,
+        shuffle=False,
+        epochs=1,
+        smallest=data.pad_to_multiple_of,
+        largest=data.max_length,
+        by_length=True,
     )

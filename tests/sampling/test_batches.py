@@ -10,13 +10,13 @@ from jaxrlhf.sampling import make_sampler
 from jaxrlhf.sampling.batches import bucket, pad_prompts
 
 CONFIG = ModelConfig(vocab_size=29, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
-PROMPTS = [[1] * 11, [2, 3], [4], [5] * 9, [6, 7, 8]]
+PROMPTS = [[1] * 40, [2, 3], [4], [5] * 9, [6, 7, 8]]
 
 
 def test_buckets_are_few_and_stay_below_the_limit():
-    assert [bucket(n) for n in (1, 8, 9, 16, 17, 100)] == [8, 8, 16, 16, 32, 128]
+    assert [bucket(n) for n in (1, 32, 33, 64, 65, 200)] == [32, 32, 64, 64, 128, 256]
     assert bucket(20, limit=24) == 24
-    assert len({bucket(n) for n in range(1, 1000)}) == 8
+    assert len({bucket(n) for n in range(1, 1000)}) == 6
 
 
 def test_padding_keeps_tokens_and_lengths():
