@@ -254,7 +254,7 @@ def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:
             name: found.get(name, getattr(batch, name, None)) for name in needs
         }
         losses, metrics = loss(*stats.values(), **settings)
-        if entropic:
+        if entropies is not None:
             bonus, more = entropy_bonus(entropies, mask, entropy_coef=config.rl.entropy_coef)
             losses, metrics = losses + bonus, {**metrics, **more}
         if with_values:
