@@ -34,6 +34,7 @@ from jaxrlhf.config.train import TrainSection
 from jaxrlhf.config.world import WorldSizes
 
 Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list), FREE]
+Comparisons = Literal["all", "adjacent", "best_worst", "apart"]  # keys of data.pairs.RANKINGS
 Models = Annotated[list[ModelName], BeforeValidator(as_list)]
 # Run directories that are read: what lies in them is an input, unlike a path that is written to.
 Runs = Annotated[list[Annotated[str, Where("path"), CONTENT]], BeforeValidator(as_list)]
@@ -305,8 +306,9 @@ class LabelConfig(StageConfig):
     completions: Sources = Field(
         default_factory=list, description="several completions per prompt, as generate writes them"
     )
-    pairs: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="which comparisons are made of a ranking"
+    pairs: Comparisons = Field(
+        default="all",
+        description="which comparisons are made of a ranking to train on; all of those held out",
     )
     eval_fraction: OpenShare = Field(
         default=0.1, description="share of prompts kept for held-out pairs"
@@ -368,9 +370,7 @@ class DataPairsConfig(StageConfig):
     summary: ClassVar[str] = "rankings or ratings to pairs"
     needs: ClassVar[dict[str, str]] = {"data": "name a SOURCE"}
     data: Sources = Field(default_factory=list, description="rows with completions and ranks")
-    pairs: Literal["all", "adjacent", "best_worst"] = Field(
-        default="all", description="which comparisons are made of a ranking"
-    )
+    pairs: Comparisons = Field(default="all", description="which comparisons are made of a ranking")
     ties: Literal["skip", "keep"] = Field(default="skip", description="pairs of equal rank")
     output: PathName | None = Field(
         default=None, description="the jsonl file written; null = stdout"

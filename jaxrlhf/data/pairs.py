@@ -30,10 +30,16 @@ def best_worst(order: Sequence[int]) -> list[tuple[int, int]]:
     return [(order[0], order[-1])]
 
 
+def apart(order: Sequence[int]) -> list[tuple[int, int]]:
+    """At least two places apart, (K-1)(K-2)/2 of them: neighbours are often in the wrong order."""
+    return [(a, b) for i, a in enumerate(order) for b in order[i + 2 :]]
+
+
 RANKINGS: dict[str, Callable[[Sequence[int]], list[tuple[int, int]]]] = {
     "all": all_pairs,
     "adjacent": adjacent,
-    "best-worst": best_worst,
+    "best_worst": best_worst,
+    "apart": apart,
 }
 
 

@@ -131,11 +131,10 @@ def data_show(config: DataShowConfig) -> None:
 
 def data_pairs(config: DataPairsConfig) -> None:
     """Rankings or ratings to pairs, into a file or onto standard output."""
-    how = config.pairs.replace("_", "-")
     specs = source_specs(config.data)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(config.output) if config.output else Path(folder) / "pairs.jsonl"
-        counts = pairs.write_pairs(specs, path, how=how, ties=config.ties)
+        counts = pairs.write_pairs(specs, path, how=config.pairs, ties=config.ties)
         if config.output:
             print(f"data pairs: {json.dumps(counts)} in {path}", flush=True)
         else:

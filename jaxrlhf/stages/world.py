@@ -59,9 +59,10 @@ def label(config: LabelConfig, output: Path) -> tuple[dict[str, float], list[str
     held_out: list[dict[str, Any]] = []
     training: list[dict[str, Any]] = []
     agree: list[float] = []
-    how = config.pairs.replace("_", "-")
     for row in rows:
         evaluated = _share(row["prompt"], config.seed) < config.eval_fraction
+        # What is held out stays whole: the figures of two ways to train are about the same pairs.
+        how = "all" if evaluated else config.pairs
         for better, worse, _ in to_pairs([-rank for rank in row["ranks"]], how=how):
             texts = row["completions"]
             if texts[better] == texts[worse]:

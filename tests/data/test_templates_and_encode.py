@@ -2,13 +2,15 @@
 """Chats and rows: whose text is trained, what never becomes a turn, what is cut and counted."""
 
 import io
+from typing import get_args
 
 import numpy as np
 import pytest
 
+from jaxrlhf.config.stages import Comparisons
 from jaxrlhf.data import show
 from jaxrlhf.data.encode import encode_lm, encode_pairs, encode_prompt, encode_prompts
-from jaxrlhf.data.pairs import to_pairs, write_pairs
+from jaxrlhf.data.pairs import RANKINGS, to_pairs, write_pairs
 from jaxrlhf.data.sources import load_rows
 from jaxrlhf.data.templates import TEMPLATES, Template, choose_template, render, stop_ids
 from jaxrlhf.data.tokenizer import codec, decode
@@ -317,7 +319,10 @@ def test_real_pairs_have_the_text_they_should(story_tokenizer, shared):
 def test_rankings_to_pairs():
     assert to_pairs([3, 1, 2]) == [(0, 2, 1.0), (0, 1, 2.0), (2, 1, 1.0)]
     assert to_pairs([3, 1, 2], how="adjacent") == [(0, 2, 1.0), (2, 1, 1.0)]
-    assert to_pairs([3, 1, 2], how="best-worst") == [(0, 1, 2.0)]
+    assert to_pairs([3, 1, 2], how="best_worst") == [(0, 1, 2.0)]
+    far = to_pairs([-1, -2, -3, -4], how="apart")
+    assert far == [(0, 2, 2.0), (0, 3, 3.0), (1, 3, 2.0)]
+    assert set(get_args(Comparisons)) == set(RANKINGS), "the settings name all there are"
     assert to_pairs([1, 1]) == []
     assert to_pairs([1, 1], ties="keep") == [(0, 1, 0.0)]
     assert to_pairs([2, 1, 1], how="adjacent") == [(0, 1, 1.0), (0, 2, 1.0)]
