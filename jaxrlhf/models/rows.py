@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.heads import last_token_score, lm_head_kernel, scalar
 from jaxrlhf.models.transformer import hidden_states
-from jaxrlhf.ops.logprobs import token_logprobs
+from jaxrlhf.ops.logprobs import exact_kl, token_logprobs
 
 Params = dict[str, Any]
 
@@ -86,6 +86,29 @@ def head_logprobs(
             hidden, kernel, tokens, temperature=temperature, chunk=chunk, entropy=True
         )
     return token_logprobs(hidden, kernel, tokens, temperature=temperature, chunk=chunk)
+
+
+def head_exact_kl(
+    params: Params,
+    ref_params: Params,
+    runtime: Runtime,
+    hidden: jax.Array,
+    ref_hidden: jax.Array,
+    *,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """KL(policy || reference), nats, float32 [B, T], of the distribution token t was drawn from.
+
+    From the hidden states of both models; slot 0 is 0.
+    """
+    return exact_kl(
+        hidden,
+        lm_head_kernel(params),
+        ref_hidden,
+        lm_head_kernel(ref_params),
+        temperature=temperature,
+        chunk=runtime.logprob_chunk,
+    )
 
 
 def row_scores(params: Params, config: ModelConfig, runtime: Runtime, rows: Rows) -> jax.Array:

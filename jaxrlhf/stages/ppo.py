@@ -30,10 +30,8 @@ from jaxrlhf.data.tokenizer import decode_continuation
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation.text_metrics import describe_completions
 from jaxrlhf.losses.policy import POLICY_LOSSES, clipped_value, entropy_bonus
-from jaxrlhf.models.heads import lm_head_kernel
-from jaxrlhf.models.rows import head_logprobs, head_values, row_hidden
+from jaxrlhf.models.rows import head_exact_kl, head_logprobs, head_values, row_hidden
 from jaxrlhf.ops.advantages import ESTIMATORS
-from jaxrlhf.ops.logprobs import exact_kl
 from jaxrlhf.ops.masking import keep, masked_sum, weighted_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
@@ -305,13 +303,13 @@ def make_experience(
             ),
         }
         if rl.kl_in_reward == "exact":
-            found["exact_kl"] = exact_kl(
+            found["exact_kl"] = head_exact_kl(
+                params["actor"],
+                ref_params,
+                policy.runtime,
                 hidden,
-                lm_head_kernel(params["actor"]),
                 ref_hidden,
-                lm_head_kernel(ref_params),
                 temperature=temperature,
-                chunk=policy.runtime.logprob_chunk,
             )
         if with_values and critic is None:
             found["values"] = head_values(params["actor"], hidden)

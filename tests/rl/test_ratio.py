@@ -10,21 +10,14 @@ import optax
 import pytest
 
 from jaxrlhf.losses.policy import clipped_value, ppo_clip
-from jaxrlhf.models import heads
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.rows import head_logprobs, head_values, row_hidden, row_logprobs
 from jaxrlhf.models.transformer import init_params
-from jaxrlhf.ops.logprobs import token_logprobs
 from jaxrlhf.ops.masking import weighted_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.rl.experience import build_experience, minibatches
 from jaxrlhf.rl.rollout import roll_out
-from jaxrlhf.rl.score import (
-    hidden_of,
-    in_minibatches,
-    of_next_token,
-    score_logprobs,
-    score_values,
-)
+from jaxrlhf.rl.score import in_minibatches
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import make_train_step
 from jaxrlhf.types import LMBatch
@@ -84,24 +77,21 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
     )(params)  # fmt: skip
 
     def score(rows):
-        return (
-            score_logprobs(params, config, runtime, rows, temperature=temperature),
-            score_values(params, config, runtime, rows),
-        )
+        hidden = row_hidden(params, config, runtime, rows)
+        said = head_logprobs(params, runtime, hidden, rows.tokens, temperature=temperature)
+        return said, head_values(params, hidden)
 
     old, values = jit(lambda r: in_minibatches(score, r, microbatch))(rollout)
     scores = jax.random.normal(jax.random.key(4), (EPISODES,))
     exp = build_experience(rollout, scores, old, old, values)
 
     def loss_fn(trainable, frozen, rows, key):
-        hidden = hidden_of(trainable, config, runtime, rows)
-        kernel = heads.lm_head_kernel(trainable)
-        out = token_logprobs(
-            hidden, kernel, rows.tokens,
-            temperature=temperature, chunk=runtime.logprob_chunk, entropy=entropy,
-        )  # fmt: skip
+        hidden = row_hidden(trainable, config, runtime, rows)
+        out = head_logprobs(
+            trainable, runtime, hidden, rows.tokens, temperature=temperature, entropy=entropy
+        )
         new, entropies = out if entropy else (out, jnp.zeros_like(old[:1]))
-        new_values = of_next_token(heads.scalar(trainable, hidden, "value")[..., 0])
+        new_values = head_values(trainable, hidden)
         mask = rows.completion_mask
         policy, metrics = ppo_clip(new, rows.old_logprobs, rows.advantages, mask)
         value, _ = clipped_value(new_values, rows.values, rows.returns, mask)
@@ -150,7 +140,7 @@ def test_a_forward_pass_gives_the_same_bits_with_a_gradient_as_without(architect
     )
 
     def forward(params):
-        return score_logprobs(params, config, runtime, rows)
+        return row_logprobs(params, config, runtime, rows)
 
     def with_gradient(params):
         def loss(params):

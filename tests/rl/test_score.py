@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scoring: alignment, order, padding, and names of rewards."""
+"""Scoring: alignment, order, padding."""
 
 from functools import cache, partial
 
@@ -10,17 +10,10 @@ import pytest
 
 from jaxrlhf.models import heads
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.rows import head_exact_kl, head_values, row_hidden, row_logprobs, row_scores
 from jaxrlhf.models.transformer import init_params
 from jaxrlhf.rl.rollout import roll_out, stage_key
-from jaxrlhf.rl.score import (
-    combine_scores,
-    hidden_of,
-    in_minibatches,
-    score_exact_kl,
-    score_logprobs,
-    score_rewards,
-    score_values,
-)
+from jaxrlhf.rl.score import in_minibatches
 
 CONFIG = ModelConfig(vocab_size=29, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
 RUNTIME = Runtime()
@@ -47,14 +40,9 @@ def rows():
     )  # fmt: skip
 
 
-def scored(score, *trees, **settings):
-    """`score(*params, CONFIG..., RUNTIME, rows)`, compiled: op by op the model is slow."""
-
-    def program(*args):
-        *models, r = args
-        return score(*models, *[CONFIG] * len(models), RUNTIME, r, **settings)
-
-    return jax.jit(program)(*trees)
+def scored(score, params, rows, **settings):
+    """`score(params, CONFIG, RUNTIME, rows)`, compiled: op by op the model is slow."""
+    return jax.jit(lambda p, r: score(p, CONFIG, RUNTIME, r, **settings))(params, rows)
 
 
 def test_a_rollout_has_groups_side_by_side_and_its_policy_step():
@@ -89,11 +77,11 @@ def test_greedy_rollouts_are_refused():
 
 def test_values_and_logprobs_stand_at_the_token_they_speak_of():
     r, p = rows(), params()
-    hidden = scored(hidden_of, p, r)
+    hidden = scored(row_hidden, p, r)
     value = heads.scalar(p, hidden, "value")[..., 0]
     logp = jax.nn.log_softmax(heads.logits(p, hidden) / 0.7)
-    got_values = scored(score_values, p, r)
-    got = scored(score_logprobs, p, r, temperature=0.7)
+    got_values = head_values(p, hidden)
+    got = scored(row_logprobs, p, r, temperature=0.7)
     for b, t in np.argwhere(np.asarray(r.completion_mask)):
         np.testing.assert_allclose(got_values[b, t], value[b, t - 1], atol=1e-5)
         np.testing.assert_allclose(got[b, t], logp[b, t - 1, r.tokens[b, t]], atol=1e-5)
@@ -101,20 +89,21 @@ def test_values_and_logprobs_stand_at_the_token_they_speak_of():
 
 
 def test_exact_kl_to_itself_is_exactly_0_and_to_another_positive():
-    r, p = rows(), params()
-    same = scored(score_exact_kl, p, p, r, temperature=0.7)
-    other = scored(score_exact_kl, p, params(1), r, temperature=0.7)
+    r, p, q = rows(), params(), params(1)
+    hidden, other_hidden = scored(row_hidden, p, r), scored(row_hidden, q, r)
+    same = head_exact_kl(p, p, RUNTIME, hidden, hidden, temperature=0.7)
+    other = head_exact_kl(p, q, RUNTIME, hidden, other_hidden, temperature=0.7)
     assert (same == 0).all()
     assert (np.asarray(other)[np.asarray(r.completion_mask)] > 0).all()
 
 
 def test_a_score_does_not_depend_on_padding_or_batch():
     r, p = rows(), params()
-    together = scored(score_rewards, p, r)
+    together = scored(row_scores, p, r)
     for b in (1, 4):
         n = int(r.prompt_lengths[b] + r.lengths[b])
         alone = jax.tree.map(lambda x: x[b : b + 1, :n] if x.ndim == 2 else x[b : b + 1], r)  # noqa: B023
-        np.testing.assert_allclose(scored(score_rewards, p, alone)[0], together[b], atol=1e-5)
+        np.testing.assert_allclose(scored(row_scores, p, alone)[0], together[b], atol=1e-5)
 
 
 def test_scoring_in_parts_keeps_the_order_of_rows():
@@ -125,13 +114,3 @@ def test_scoring_in_parts_keeps_the_order_of_rows():
         np.testing.assert_array_equal(got[1], x["b"])
     with pytest.raises(ValueError, match="6 rows cannot be scored 4 at a time"):
         in_minibatches(lambda part: part["b"], x, 4)
-
-
-def test_scores_are_weighted_by_name_and_nothing_is_left_out():
-    scores = {"helpful": jnp.array([0.25, 1.0]), "polite": jnp.array([1.0, -1.0])}
-    got = combine_scores(scores, {"helpful": 1.0, "polite": 0.5})
-    np.testing.assert_allclose(got, [0.75, 0.5])
-    with pytest.raises(ValueError, match="polite"):
-        combine_scores(scores, {"helpful": 1.0})
-    with pytest.raises(ValueError, match="at least one"):
-        combine_scores({}, {})
