@@ -223,7 +223,9 @@ def ppo(name: str) -> Workload:
             key=key,
             policy_step=state.step,
         )
-        experience, _ = compiled["scorer"](state.params, reference, rollout, scores)
+        experience, _ = compiled["scorer"](
+            state.params, reference, rollout, scores, jnp.float32(config.rl.kl_coef)
+        )
         for epoch in range(epochs):
             for rows in compiled["minibatches"](experience, jax.random.fold_in(key, epoch)):
                 state, metrics = compiled["train_step"](state, {}, rows, key)

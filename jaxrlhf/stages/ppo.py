@@ -100,6 +100,7 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     experience = make_experience(config, policy, reference, critic, mesh, scored)
     sampler = make_rollout(config, policy, mesh)
     shuffled = make_minibatches(config, mesh)
+    kl_coef = np.float32(config.rl.kl_coef)
 
     def make_advance(train_step: TrainStep) -> Advance:
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
@@ -117,7 +118,7 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
             total = judge.total(scores)
             crash_point("scores", step)
             exp, metrics = experience(
-                state.params, reference.params, rollout, put_batch(total, mesh)
+                state.params, reference.params, rollout, put_batch(total, mesh), kl_coef
             )
             found: Metrics = dict(metrics)
             for epoch in range(config.rl.epochs):
@@ -282,7 +283,8 @@ def make_experience(
     mesh: Mesh,
     rows: int,
 ) -> Callable[..., tuple[Experience, Metrics]]:
-    """The compiled scoring pass: (params, reference, rollout, scores) -> (experience, metrics).
+    """The compiled scoring pass: (params, ref_params, rollout, scores, kl_coef) -> (experience,
+    metrics). The coefficient is an argument, not a constant: a sweep over it compiles nothing anew.
 
     Everything is scored `rows` rows at a time, the shape of the update's own passes, by the one
     log-prob function: that is what makes the first ratio exactly 1.
@@ -351,12 +353,7 @@ def make_experience(
         return exp, metrics
 
     rows_sharding, whole = batch_sharding(mesh), replicated(mesh)
-    program = jit(experience, mesh, out_shardings=(rows_sharding, whole))
-    # An argument, not a constant: a sweep over it compiles nothing anew.
-    coefficient = np.float32(rl.kl_coef)
-    return lambda params, ref_params, rollout, scores: program(
-        params, ref_params, rollout, scores, coefficient
-    )
+    return jit(experience, mesh, out_shardings=(rows_sharding, whole))
 
 
 def judge_rollout(

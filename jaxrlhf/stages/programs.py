@@ -221,7 +221,13 @@ class _Builder:
             ),
             "scorer": Program(
                 make_experience(config, model, model, critic, self.mesh, scored),
-                (both, self.placed("lm"), rollout, self.shape(episodes, dtype="float32")),
+                (
+                    both,
+                    self.placed("lm"),
+                    rollout,
+                    self.shape(episodes, dtype="float32"),
+                    self.shape(dtype="float32"),
+                ),
             ),
             "minibatches": Program(
                 make_minibatches(config, self.mesh), (experience(episodes), self.key)

@@ -230,10 +230,11 @@ def experience(programs, state, architecture, mesh):
         key=jax.random.key(1),
         policy_step=put_batch(np.int32(0), mesh),
     )
-    score = jax.jit(scorer.function).lower(*scorer.args).compile()
+    score = scorer.function.lower(*scorer.args).compile()
     scores = put_batch(np.random.default_rng(4).normal(size=2 * ROWS).astype(np.float32), mesh)
     reference = fresh(scorer.args[1], architecture, seed=7)
-    exp, metrics = score(state.params, reference, rollout, scores)
+    kl_coef = put_batch(np.float32(0.05), mesh)
+    exp, metrics = score(state.params, reference, rollout, scores, kl_coef)
     shuffled = programs["minibatches"].function(exp, jax.random.key(2))
     found = {
         "tokens": to_host(rollout.tokens),
