@@ -21,7 +21,7 @@ SMALL = [
     "sft.train={steps: 10, batch_size: 16}",
     "sft.optim.warmup=2",
     "candidates.sampling={max_new_tokens: 16, batch_size: 32}",
-    "candidates.n=2",
+    "candidates.n=3",
     "reward_model.train={steps: 4, epochs: null, batch_size: 16}",
     "dpo.train={steps: 4, epochs: null, batch_size: 16}",
     "ppo.train={steps: 2, batch_size: 16}",
@@ -154,6 +154,19 @@ def test_transformers_says_the_same_of_an_exported_policy(folder, name):
     positions = jnp.arange(ids.shape[1])[None]
     hidden = hidden_states(model.params, model.config, Runtime(), jnp.asarray(ids), positions, ones)
     np.testing.assert_allclose(logits(model.params, hidden), theirs, atol=1e-4)
+
+
+def test_a_reward_model_judges_finished_completions_after_eos(folder, tmp_path, capsys):
+    row = read_jsonl(folder / "rankings" / "pairs_eval.jsonl")[0]
+    data, out = tmp_path / "rows.jsonl", tmp_path / "scores.jsonl"
+    data.write_text(json.dumps({"prompt": row["prompt"], "completion": row["chosen"]}))
+    command = ["score", "-m", str(folder / "reward_model" / "export"), str(data), "-o", str(out)]
+    found = {}
+    for finished in ("false", "true"):
+        assert cli.main([*command, f"append_eos={finished}"]) == 0
+        assert ("append_eos=true" in capsys.readouterr().out) == (finished == "false")
+        found[finished] = read_jsonl(out)[0]["reward"]
+    assert found["false"] != found["true"]
 
 
 @pytest.mark.torch

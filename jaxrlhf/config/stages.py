@@ -229,6 +229,11 @@ class ScoreConfig(StageConfig):
     max_length: Positive = Field(
         default=512, description="longest row, tokens; a longer one is an error"
     )
+    append_eos: bool = Field(
+        default=False,
+        description="end each row with EOS, as what a reward model learns from ends: "
+        "true for finished completions",
+    )
     batch_size: Positive = Field(default=64, description="rows scored at a time, over all devices")
     output: PathName | None = Field(
         default=None, description="the jsonl file written; null = scores.jsonl in the run directory"

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs or rewards of given completions.
 
-`prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS never added.
+`prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS only with `append_eos`.
 """
 
 from pathlib import Path
@@ -30,11 +30,17 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
         model.tokenizer,
         max_length=config.max_length,
         truncation="error",
-        append_eos=False,
+        append_eos=config.append_eos,
         vocab_size=model.config.vocab_size,
         seed=config.seed,
     )
     reward = model.kind == "reward"
+    if reward and not config.append_eos:
+        print(
+            "score: note: rows end where their text ends; a reward model learnt to judge at the "
+            "end of finished completions, after EOS: append_eos=true if these are finished",
+            flush=True,
+        )
 
     @jax.jit
     def said(params: Any, batch: Any) -> jax.Array:
