@@ -257,8 +257,8 @@ class Finished:
         def made(*args: Any, **kwargs: Any) -> Any:
             program = make(*args, **kwargs)
 
-            def scored(params: Any, ref_params: Any, rollout: Any, scores: Any) -> Any:
-                found = program(params, ref_params, rollout, scores)
+            def scored(params: Any, ref: Any, rollout: Any, scores: Any, kl_coef: Any) -> Any:
+                found = program(params, ref, rollout, scores, kl_coef)
                 self.experience.append(jax.device_get((rollout, scores, found[0])))
                 return found
 
