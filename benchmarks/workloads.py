@@ -35,7 +35,7 @@ MODELS = {
     "tiny": ModelConfig(vocab_size=512, hidden_size=256, num_layers=4, num_heads=4, mlp_dim=1024),
     "small": ModelConfig(vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, mlp_dim=1536),
     "quickstart": ModelConfig(
-        vocab_size=369, hidden_size=96, num_layers=3, num_heads=4, mlp_dim=192
+        vocab_size=369, hidden_size=64, num_layers=3, num_heads=4, mlp_dim=192
     ),
     "smoke": ModelConfig(vocab_size=61, hidden_size=16, num_layers=2, num_heads=2, mlp_dim=24),
 }
@@ -58,7 +58,7 @@ SHAPES = {
     "tiny": Shapes(),
     "small": Shapes(),
     "quickstart": Shapes(
-        sft=(64, 96), pairs=(64, 96), dpo=(64, 96), ppo=(128, 64, 48), updates=(2, 2)
+        sft=(32, 96), pairs=(64, 96), dpo=(64, 96), ppo=(128, 48, 48), updates=(1, 4)
     ),
     "smoke": Shapes(
         sft=(2, 16), pairs=(2, 16), dpo=(2, 16), ppo=(4, 8, 8), decode=(8, 4), batches=(1, 2)
