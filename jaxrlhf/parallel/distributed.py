@@ -75,6 +75,9 @@ def initialize() -> bool:
         )
     finally:
         late.cancel()
+    # Collectives between CPU processes connect when a program first needs them, and give up when
+    # one process comes 30 s after another. All are here now; later none may be.
+    barrier("joined")
     return True
 
 
