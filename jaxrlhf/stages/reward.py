@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -107,7 +108,9 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     model = open_model(config.model, mesh, key=jax.random.fold_in(key, 0))
     params = model.params
     if model.kind == "lm":
-        params = {**trunk(params), "score": new_head(model, "score", jax.random.fold_in(key, 1))}
+        # From zero: at first nothing is preferred, and no random direction is to be unlearnt.
+        score = jax.tree.map(jnp.zeros_like, new_head(model, "score", key))
+        params = {**trunk(params), "score": score}
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)

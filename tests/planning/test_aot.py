@@ -19,11 +19,11 @@ from jaxrlhf.planning import aot
 from jaxrlhf.stages.programs import stage_programs
 
 MIB = 2**20
-# The shapes of Qwen2.5-0.5B; its 24 layers are one scanned layer, so a few tell as much.
+# The shapes of Qwen2.5-0.5B; its 24 layers are one scanned layer, compiled once.
 QWEN = ModelConfig(
     vocab_size=151936,
     hidden_size=896,
-    num_layers=4,
+    num_layers=24,
     num_heads=14,
     num_kv_heads=2,
     mlp_dim=4864,

@@ -33,6 +33,15 @@ def test_dpo_starts_at_ln_2_and_an_accuracy_of_a_half(finished):
     assert before["accuracy"] == 0.5
 
 
+def test_a_new_reward_model_starts_at_ln_2_preferring_nothing(finished):
+    first, second, *_ = metrics(finished("reward"))
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    assert first["rewards/chosen"] == first["rewards/rejected"] == 0
+    assert first["rewards/accuracies"] == 0.5
+    assert first["grad_norm"] > 0.01
+    assert second["rewards/margins"] != 0
+
+
 @pytest.fixture(scope="session")
 def padded_with_eos(models, tmp_path_factory):
     """The models with a tokenizer whose padding token is its EOS."""
