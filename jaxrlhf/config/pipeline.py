@@ -37,7 +37,7 @@ from jaxrlhf.config.load import (
     settle,
     translate,
 )
-from jaxrlhf.config.places import Value
+from jaxrlhf.config.places import Value, to_python
 from jaxrlhf.config.schema import Shape, allows_extra, fields, find, nearest, walk
 from jaxrlhf.config.stages import PIPELINE_STAGES, STAGES, StageConfig
 from jaxrlhf.errors import ConfigError
@@ -318,7 +318,7 @@ class _Planner:
             label = f"{name}[{i}]" if for_each else name
             folder = f"{name}-{i}" if for_each else name
             parents = self._parents(config, repeated, errors)
-            values = {key: value.data for key, value in chosen.items()}
+            values = {key: to_python(value) for key, value in chosen.items()}
             self.planned.append(PlannedStage(label, name, stage, folder, config, parents, values))
         self.errors += [context + error for error in dict.fromkeys(errors)]
         self.repeats[name] = len(rounds) if for_each else None

@@ -246,3 +246,12 @@ def from_python(data: Any, place: str) -> Value:
     if isinstance(data, os.PathLike):
         data = os.fspath(data)
     return Value(data, place, data if isinstance(data, str) else None)
+
+
+def to_python(value: Value) -> Any:
+    """What was read without its places: `from_python` undone."""
+    if isinstance(value.data, dict):
+        return {key: to_python(item) for key, item in value.data.items()}
+    if isinstance(value.data, list):
+        return [to_python(item) for item in value.data]
+    return value.data

@@ -100,6 +100,17 @@ def test_several_keys_go_in_step(file):
     assert "one length" in errors_of(file, "sweep.for_each.seed=[5, 6]")
 
 
+def test_a_repeated_key_may_hold_mappings_and_lists(file):
+    _, stages = plan_of(
+        file, "sweep.for_each.optim.rate_factors=[{critic: 2}, {critic: 3}, {actor/layers: 1}]"
+    )
+    found = [stages[f"sweep[{i}]"] for i in range(3)]
+    factors = [{"critic": 2}, {"critic": 3}, {"actor/layers": 1}]
+    assert [stage.config.optim.rate_factors for stage in found] == factors
+    # As JSON has them: these are written into pipeline.json.
+    assert [stage.values["optim.rate_factors"] for stage in found] == factors
+
+
 def test_references_become_folders(file):
     plan, stages = plan_of(file)
     folders = {s.name: f"/runs/{s.folder}" for s in plan.stages}
