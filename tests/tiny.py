@@ -332,6 +332,7 @@ class Commands:
     def start(self, words: list[str], *, env: dict[str, str] | None = None, limit: int = 0) -> int:
         """Begins a command; returns its process id. `end` must be called before the next."""
         assert self.server.stdin is not None
+        self.out.write_text("")  # not what the last command said
         job = {"words": words, "env": env or {}, "limit": limit, "out": str(self.out)}
         self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
