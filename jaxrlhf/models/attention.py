@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.layers import Dense, constrain, project, rotate, visiting
+from jaxrlhf.models.layers import Dense, Norm, constrain, project, visiting
+from jaxrlhf.models.rope import rotate
+from jaxrlhf.ops.softcap import softcap
 
 # Finite, so that subtracting the row's maximum never gives inf - inf; exp of it is exactly 0.
 MASKED = -1e30
@@ -20,10 +22,13 @@ MASKED = -1e30
 LayerCache = dict[str, jax.Array]  # {"k", "v"}: [B, K, S, H]
 
 
-def _attend(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, cap: float | None
+) -> jax.Array:
     """q [B,K,G,T,H] over k, v [B,K,S,H] where mask [B,T,S]; softmax in float32. -> [B,K,G,T,H]"""
     accumulate = jnp.promote_types(q.dtype, jnp.float32)
     scores = jnp.einsum("bkgth,bksh->bkgts", q, k, preferred_element_type=accumulate)
+    scores = softcap(scores, cap)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
     weights = jnp.exp(scores - top)
@@ -42,22 +47,34 @@ def attend_rows(
     *,
     causal: bool = True,
     block: int = 64,
+    window: int | jax.Array | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Attention of whole rows: q [B,K,G,T,H] (already scaled), k, v [B,K,T,H] -> [B,K,G,T,H].
 
-    Causal rows go in blocks of queries, each against the keys up to its own end, so the masked
-    half of the scores is neither computed nor stored.
+    Causal rows go in blocks of queries, each against the keys from the first that its window
+    reaches up to its own end, so what is masked anyway is neither computed nor stored.
+
+    Args:
+        window: a token sees itself and the window - 1 tokens before it. An int saves the work of
+            the keys before; an array (layers that differ, in one scan) only masks them.
+        cap: see `ops.softcap`.
     """
     length = q.shape[3]
     if not causal:
-        return _attend(q, k, v, segment_ids[:, :, None] == segment_ids[:, None, :])
+        return _attend(q, k, v, segment_ids[:, :, None] == segment_ids[:, None, :], cap)
     outputs = []
     step = block or length
     for start in range(0, length, step):
         end = min(start + step, length)
-        mask = segment_ids[:, start:end, None] == segment_ids[:, None, :end]
-        mask &= jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]
-        outputs.append(_attend(q[:, :, :, start:end], k[:, :, :end], v[:, :, :end], mask))
+        first = max(0, start - window + 1) if isinstance(window, int) else 0
+        mask = segment_ids[:, start:end, None] == segment_ids[:, None, first:end]
+        back = jnp.arange(start, end)[:, None] - jnp.arange(first, end)[None, :]
+        mask &= back >= 0
+        if window is not None:
+            mask &= back < window
+        keys = slice(first, end)
+        outputs.append(_attend(q[:, :, :, start:end], k[:, :, keys], v[:, :, keys], mask, cap))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
 
 
@@ -83,6 +100,10 @@ class Attention(nn.Module):
             scale=(2 * c.num_layers) ** -0.5,
             param_dtype=dtype,
         )
+        if c.qk_norm != "none":
+            per_head = c.qk_norm == "head"
+            self.q_norm = Norm(c, dtype, None if per_head else "heads")
+            self.k_norm = Norm(c, dtype, None if per_head else "kv_heads")
 
     def _project(self, x, angles):
         """x [B, ..., D] to q [B, ..., K, G, H], scaled, and k, v [B, ..., K, H]; rotated."""
@@ -93,19 +114,32 @@ class Attention(nn.Module):
             q, k, v = jnp.split(self.qkv(x), (query, query + key), axis=-1)
         else:
             q, k, v = project(x, (self.q, self.k, self.v), self.runtime.fuse)
+        if c.qk_norm == "all":
+            q, k = self.q_norm(q), self.k_norm(k)
         q = constrain(q.reshape(*lead, c.num_heads, c.head_size), "act_heads", None)
         k = constrain(k.reshape(*lead, c.kv_heads, c.head_size), "act_heads", None)
         v = constrain(v.reshape(*lead, c.kv_heads, c.head_size), "act_heads", None)
+        if c.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
         if angles is not None:
             q, k = rotate(q, *angles), rotate(k, *angles)
-        q *= c.head_size**-0.5
+        q *= (c.query_scale or c.head_size) ** -0.5
         return q.reshape(*lead, c.kv_heads, c.num_heads // c.kv_heads, c.head_size), k, v
 
-    def __call__(self, x, angles, segment_ids, causal: bool = True):
+    def __call__(self, x, angles, segment_ids, window=None, causal: bool = True):
         """Whole rows: x [B,T,D] -> (out [B,T,D], {"k", "v": [B,K,T,H]})."""
         q, k, v = self._project(x, angles)
         q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
-        out = attend_rows(q, k, v, segment_ids, causal=causal, block=self.runtime.attention_block)
+        out = attend_rows(
+            q,
+            k,
+            v,
+            segment_ids,
+            causal=causal,
+            block=self.runtime.attention_block,
+            window=window,
+            cap=self.config.attention_softcap,
+        )
         out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
         return self.o(constrain(out, "act_heads")), {"k": k, "v": v}
 
@@ -118,5 +152,6 @@ class Attention(nn.Module):
             )
             for name, new in (("k", k), ("v", v))
         }
-        out = _attend(q[:, :, :, None], cache["k"], cache["v"], mask[:, None])
+        cap = self.config.attention_softcap
+        out = _attend(q[:, :, :, None], cache["k"], cache["v"], mask[:, None], cap)
         return self.o(visiting(out.reshape(x.shape[0], -1), "act_heads")), cache

@@ -14,6 +14,8 @@ from jaxrlhf.errors import ModelError
 Norm = Literal["rms", "layer"]
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 Position = Literal["rope", "learned"]
+Block = Literal["pre", "post", "both", "parallel"]
+QKNorm = Literal["none", "head", "all"]
 
 
 def _closest(name: str, known) -> str:
@@ -43,6 +45,11 @@ class ModelConfig:
     mlp_dim: int = 1024  # F
     norm: Norm = "rms"
     norm_eps: float = 1e-5
+    norm_offset: bool = False  # scales are stored as their difference from 1
+    # Where norms stand: before attention and mlp, after them (before they are added), both, or
+    # before two branches that read the same x and are added together.
+    block: Block = "pre"
+    qk_norm: QKNorm = "none"  # an RMS norm of q and of k: of every head, or of all heads as one
     activation: Activation = "silu"
     gated_mlp: bool = True  # act(x gate) * (x up), or act(x up)
     position: Position = "rope"
@@ -50,6 +57,19 @@ class ModelConfig:
     # () or (("factor", 8.0), ("rope_type", "linear"), ...): pairs, so that it can be hashed.
     rope_scaling: tuple[tuple[str, Any], ...] = ()
     max_positions: int = 2048  # rows of a learned position table; advisory for rope
+    rope_fraction: float = 1.0  # the part of every head that is rotated, from its start
+    rope_layers: tuple[bool, ...] = ()  # which layers rotate; () = all
+    window: int | None = None  # a token sees itself and the window - 1 before it
+    window_layers: tuple[bool, ...] = ()  # which layers have the window; () = all
+    window_rope_theta: float | None = None  # layers with the window rotate by this, unscaled
+    query_scale: float | None = None  # scores are q k / sqrt(query_scale); None = H
+    attention_softcap: float | None = None  # scores s become c tanh(s / c)
+    logit_softcap: float | None = None  # the same for logits
+    embedding_scale: bool = False  # embeddings are multiplied by sqrt(D)
+    num_experts: int = 0  # E; 0 = one mlp for all tokens
+    experts_per_token: int = 0
+    renormalize_experts: bool = True  # the weights of a token's experts add up to 1
+    router_aux_coef: float = 0.0  # weight of the load-balancing loss
     tie_embeddings: bool = True
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
@@ -66,7 +86,10 @@ class ModelConfig:
                     f"{self.num_heads}: state head_dim, or change one of the two"
                 )
         if isinstance(self.rope_scaling, dict):
-            object.__setattr__(self, "rope_scaling", tuple(sorted(self.rope_scaling.items())))
+            pairs = {
+                k: tuple(v) if isinstance(v, list) else v for k, v in self.rope_scaling.items()
+            }
+            object.__setattr__(self, "rope_scaling", tuple(sorted(pairs.items())))
         sizes = (
             "vocab_size",
             "hidden_size",
@@ -90,14 +113,46 @@ class ModelConfig:
                 _choices("norm", self.norm, ("rms", "layer")),
                 _choices("activation", self.activation, ("silu", "gelu", "gelu_tanh", "relu")),
                 _choices("position", self.position, ("rope", "learned")),
+                _choices("block", self.block, ("pre", "post", "both", "parallel")),
+                _choices("qk_norm", self.qk_norm, ("none", "head", "all")),
             ),
         )
+        problems += [
+            f"{name} = {value!r}: a positive number or null"
+            for name in (
+                "window",
+                "window_rope_theta",
+                "query_scale",
+                "attention_softcap",
+                "logit_softcap",
+            )
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]
+        for name in ("rope_layers", "window_layers"):
+            values = tuple(bool(value) for value in getattr(self, name))
+            object.__setattr__(self, name, () if all(values) else values)
+            if values and len(values) != self.num_layers:
+                problems.append(f"{name} has {len(values)} entries, num_layers = {self.num_layers}")
+        if self.num_experts and not 0 < self.experts_per_token <= self.num_experts:
+            problems.append(
+                f"experts_per_token = {self.experts_per_token}: from 1 to num_experts = "
+                f"{self.num_experts}"
+            )
+        if not 0 < self.rope_fraction <= 1:
+            problems.append(f"rope_fraction = {self.rope_fraction!r}: more than 0, at most 1")
         if not problems and self.num_heads % self.kv_heads:
             problems.append(
                 f"num_kv_heads = {self.num_kv_heads} does not divide num_heads = {self.num_heads}"
             )
-        if not problems and self.position == "rope" and self.head_size % 2:
-            problems.append(f"head_dim = {self.head_dim}: rotary positions need an even head size")
+        if (
+            not problems
+            and self.position == "rope"
+            and (not self.rotary_dim or self.rotary_dim % 2)
+        ):
+            part = "" if self.rope_fraction == 1 else f" x rope_fraction = {self.rope_fraction}"
+            problems.append(
+                f"head_dim = {self.head_dim}{part}: rotary positions need an even head size"
+            )
         if problems:
             raise ModelError("impossible model: " + "; ".join(problems))
 
@@ -113,6 +168,30 @@ class ModelConfig:
         assert self.head_dim is not None
         return self.head_dim
 
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of each head that are rotated."""
+        return int(self.head_size * self.rope_fraction)
+
+    @property
+    def rope_limit(self) -> int | None:
+        """Longest row that turns as fast as short ones do; None = all rows turn alike."""
+        rope = dict(self.rope_scaling)
+        if rope.get("rope_type") == "dynamic":
+            return self.max_positions
+        if rope.get("rope_type") == "longrope":
+            return rope["original_max_position_embeddings"]
+        return None
+
+    def has_window(self, layer: int) -> bool:
+        """Whether a layer sees only its window."""
+        return self.window is not None and (not self.window_layers or self.window_layers[layer])
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every layer computes the same."""
+        return not self.window_layers and not self.rope_layers
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values; `ModelConfig.from_dict` gives back an equal config."""
         values = dataclasses.asdict(self)
@@ -125,7 +204,11 @@ class ModelConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         if wrong := [f"{key}{_closest(key, known)}" for key in values if key not in known]:
             raise ModelError(f"unknown model field {', '.join(wrong)}; fields: {sorted(known)}")
-        return cls(**values)
+        found: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()
+        }
+        return cls(**found)
 
 
 @dataclass(frozen=True)

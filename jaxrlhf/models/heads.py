@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.layers import apply_weights
 from jaxrlhf.ops.placement import place
+from jaxrlhf.ops.softcap import softcap
 
 Params = dict[str, Any]
 
@@ -23,7 +25,7 @@ def lm_head_kernel(params: Params) -> jax.Array:
     return params["embed"]["embedding"].T
 
 
-def logits(params: Params, hidden: jax.Array) -> jax.Array:
+def logits(params: Params, config: ModelConfig, hidden: jax.Array) -> jax.Array:
     """Next-token logits, float32 [..., V], of hidden [..., D]."""
     kernel = place(lm_head_kernel(params).astype(hidden.dtype), None, "visit_vocab")
     contract = (((hidden.ndim - 1,), (0,)), ((), ()))
@@ -31,7 +33,8 @@ def logits(params: Params, hidden: jax.Array) -> jax.Array:
     between = (None,) * (hidden.ndim - 2)
     hidden = place(hidden, "visit_batch", *between, None)
     found = jax.lax.dot_general(hidden, kernel, contract, preferred_element_type=accumulate)
-    return place(place(found, "visit_batch", *between, "visit_vocab"), "batch", *between, None)
+    found = softcap(place(found, "visit_batch", *between, "visit_vocab"), config.logit_softcap)
+    return place(found, "batch", *between, None)
 
 
 def scalar(params: Params, hidden: jax.Array, name: str = "score") -> jax.Array:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The parts of a layer: weights, norms, rotary positions, the mlp.
+"""The parts of a layer: weights, norms, the mlp.
 
 `Dense` is the only place that reads a weight matrix. It looks at the leaves it finds, so that what
 is added to a tree of parameters (an adapter, a quantized base, several matrices fused into one) is
@@ -101,23 +101,32 @@ def project(x: jax.Array, parts: Sequence[Dense], fuse: bool) -> list[jax.Array]
 
 
 class Norm(nn.Module):
-    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis; statistics in float32."""
+    """RMSNorm (Zhang & Sennrich 2019) or LayerNorm over the last axis; statistics in float32.
+
+    Attributes:
+        axis: logical name of that axis.
+    """
 
     config: ModelConfig
     param_dtype: str = "float32"
+    axis: str | None = "embed"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         def vector(name, init):
             shape = (x.shape[-1],)
-            return declare(self, name, init, ("embed",), shape, self.param_dtype).astype(y.dtype)
+            return declare(self, name, init, (self.axis,), shape, self.param_dtype).astype(y.dtype)
 
+        c = self.config
         y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if self.config.norm == "layer":
+        if c.norm == "layer":
             y -= y.mean(-1, keepdims=True)
-        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + self.config.norm_eps)
-        y *= vector("scale", nn.initializers.ones)
-        if self.config.norm == "layer":
+        y *= jax.lax.rsqrt(jnp.mean(jnp.square(y), -1, keepdims=True) + c.norm_eps)
+        if c.norm_offset:
+            y *= 1 + vector("scale", nn.initializers.zeros)
+        else:
+            y *= vector("scale", nn.initializers.ones)
+        if c.norm == "layer":
             y += vector("bias", nn.initializers.zeros)
         return y.astype(x.dtype)
 
@@ -146,44 +155,6 @@ class Embedding(nn.Module):
         # does its gradient. Afterwards each row's features come together.
         found = jnp.take(table, place(index, *names), axis=0, mode="fill").astype(self.dtype)
         return place(found, *names, "visit_embed")
-
-
-def rope_frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each rotary pair, float32 [H/2].
-
-        theta^(-2i/H), i = 0 .. H/2 - 1
-
-    Source: Su et al. 2021, arXiv:2104.09864, section 3.4.2. Scaling "linear" divides all of them by
-    `factor` (Chen et al. 2023, arXiv:2306.15595); "llama3" divides those with wavelengths beyond
-    original_max_position_embeddings / low_freq_factor, and blends up to .../high_freq_factor
-    (Llama 3.1's reference code).
-    """
-    half = np.arange(0, config.head_size, 2, dtype=np.float64) / config.head_size
-    frequencies = config.rope_theta**-half
-    scaling = dict(config.rope_scaling)
-    kind = scaling.get("rope_type", "default")
-    if kind == "linear":
-        frequencies = frequencies / scaling["factor"]
-    elif kind == "llama3":
-        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * np.pi)
-        keep = np.clip((turns - low) / (high - low), 0.0, 1.0)
-        frequencies = frequencies * keep + frequencies / scaling["factor"] * (1 - keep)
-    return frequencies.astype(np.float32)
-
-
-def rope_angles(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines for `positions` [...]: two float32 arrays [..., H/2]."""
-    angles = positions.astype(jnp.float32)[..., None] * rope_frequencies(config)
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates pairs (i, i + H/2) of x [..., heads, H] by the angles [..., H/2] of its position."""
-    cos, sin = cos[..., None, :], sin[..., None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 class MLP(nn.Module):

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.experts import balance_loss
 from jaxrlhf.models.heads import last_token_score, lm_head_kernel, scalar
-from jaxrlhf.models.transformer import hidden_states
+from jaxrlhf.models.transformer import hidden_states, hidden_states_and_routing
 from jaxrlhf.ops.logprobs import exact_kl, token_logprobs
 
 Params = dict[str, Any]
@@ -65,12 +66,24 @@ def row_logprobs(
     """log p(token t | tokens before t), float32 [B, T]; with `entropy` also the entropies, nats."""
     hidden = row_hidden(params, config, runtime, rows)
     return head_logprobs(
-        params, runtime, hidden, rows.tokens, temperature=temperature, entropy=entropy
+        params, config, runtime, hidden, rows.tokens, temperature=temperature, entropy=entropy
     )
+
+
+def row_logprobs_and_balance(
+    params: Params, config: ModelConfig, runtime: Runtime, rows: Rows
+) -> tuple[jax.Array, jax.Array]:
+    """As `row_logprobs`, and the load-balancing loss of a model with experts (a scalar)."""
+    hidden, routing = hidden_states_and_routing(
+        params, config, runtime, rows.tokens, rows.positions, rows.segment_ids
+    )
+    balance = balance_loss(routing, (jnp.asarray(rows.segment_ids) > 0).sum())
+    return head_logprobs(params, config, runtime, hidden, rows.tokens), balance
 
 
 def head_logprobs(
     params: Params,
+    config: ModelConfig,
     runtime: Runtime,
     hidden: jax.Array,
     tokens: jax.Array,
@@ -80,17 +93,20 @@ def head_logprobs(
 ) -> Any:
     """As `row_logprobs`, from hidden states that are already there."""
     kernel = lm_head_kernel(params)
-    chunk = runtime.logprob_chunk
+    settings: Any = {
+        "temperature": temperature,
+        "cap": config.logit_softcap,
+        "chunk": runtime.logprob_chunk,
+    }
     if entropy:
-        return token_logprobs(
-            hidden, kernel, tokens, temperature=temperature, chunk=chunk, entropy=True
-        )
-    return token_logprobs(hidden, kernel, tokens, temperature=temperature, chunk=chunk)
+        return token_logprobs(hidden, kernel, tokens, entropy=True, **settings)
+    return token_logprobs(hidden, kernel, tokens, **settings)
 
 
 def head_exact_kl(
     params: Params,
     ref_params: Params,
+    configs: tuple[ModelConfig, ModelConfig],
     runtime: Runtime,
     hidden: jax.Array,
     ref_hidden: jax.Array,
@@ -99,7 +115,7 @@ def head_exact_kl(
 ) -> jax.Array:
     """KL(policy || reference), nats, float32 [B, T], of the distribution token t was drawn from.
 
-    From the hidden states of both models; slot 0 is 0.
+    From the hidden states of both models, whose `configs` stand in the same order; slot 0 is 0.
     """
     return exact_kl(
         hidden,
@@ -107,6 +123,7 @@ def head_exact_kl(
         ref_hidden,
         lm_head_kernel(ref_params),
         temperature=temperature,
+        caps=(configs[0].logit_softcap, configs[1].logit_softcap),
         chunk=runtime.logprob_chunk,
     )
 

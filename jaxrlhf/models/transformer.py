@@ -5,7 +5,10 @@ Parameters are a plain nested dict in one layout for every family, layers stacke
 
     embed/embedding [V,D]    position_embed/embedding [M,D] (learned positions)
     layers/attention/{q,k,v,o}/{kernel [L,in,out], bias [L,out]}
+    layers/attention/{q,k}_norm/scale (some families)
     layers/mlp/{gate,up,down}/{kernel, bias}    layers/{attention,mlp}_norm/{scale, bias} [L,D]
+    layers/experts/{router/kernel [L,D,E], {gate,up,down}/kernel [L,E,in,out]} (instead of mlp)
+    layers/{attention,mlp}_post_norm (families that normalise what a branch adds)
     final_norm/{scale, bias} [D]    lm_head/kernel [D,V] (untied)
     score/kernel [D,R] (reward models)    value/{kernel [D,1], bias [1]}
 
@@ -14,7 +17,7 @@ closes over them.
 """
 
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -23,6 +26,7 @@ import numpy as np
 
 from jaxrlhf.models.attention import Attention, LayerCache
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.experts import Experts, Routing
 from jaxrlhf.models.heads import lm_head_kernel
 from jaxrlhf.models.layers import (
     MLP,
@@ -31,9 +35,9 @@ from jaxrlhf.models.layers import (
     Norm,
     constrain,
     fuse_weights,
-    rope_angles,
     visiting,
 )
+from jaxrlhf.models.rope import rope_angles, rope_choice
 from jaxrlhf.ops.placement import on_mesh, place
 
 Params = dict[str, Any]
@@ -42,33 +46,98 @@ Cache = tuple[LayerCache, ...]
 HEADS = ("lm", "score", "value")
 
 
+class LayerKind(NamedTuple):
+    """What distinguishes one layer of a model whose layers differ: numbers, so that a scan over
+    layers can bring them along."""
+
+    window: Any  # tokens it sees, itself among them
+    rope: Any  # which of `rope_angles` it takes
+
+
+UNLIMITED = 2**30  # a window that no text fills
+
+
+def layer_kinds(config: ModelConfig) -> list[LayerKind] | None:
+    """Of each layer; None where all are alike, which compiles to less."""
+    if config.uniform:
+        return None
+    return [
+        LayerKind(
+            config.window if config.has_window(layer) else UNLIMITED, rope_choice(config, layer)
+        )
+        for layer in range(config.num_layers)
+    ]
+
+
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """x + attention(norm(x)), then x + mlp(norm(x)); `config.block` says where norms stand."""
 
     config: ModelConfig
     runtime: Runtime
     causal: bool = True
     collect: bool = False  # also return keys and values
+    route: bool = False  # also return what the router did
 
     def setup(self):
-        self.attention_norm = Norm(self.config, self.runtime.param_dtype)
-        self.attention = Attention(self.config, self.runtime)
-        self.mlp_norm = Norm(self.config, self.runtime.param_dtype)
-        self.mlp = MLP(self.config, self.runtime)
+        c, r = self.config, self.runtime
+        if c.block != "post":
+            self.attention_norm = Norm(c, r.param_dtype)
+            self.mlp_norm = Norm(c, r.param_dtype)
+        if c.block in ("post", "both"):
+            self.attention_post_norm = Norm(c, r.param_dtype)
+            self.mlp_post_norm = Norm(c, r.param_dtype)
+        self.attention = Attention(c, r)
+        if c.num_experts:
+            self.experts = Experts(c, r)
+        else:
+            self.mlp = MLP(c, r)
 
-    def __call__(self, x, angles, segment_ids):
-        """Whole rows: x [B,T,D] -> (x, {"k", "v": [B,K,T,H]} if collect else None)."""
-        out, cache = self.attention(self.attention_norm(x), angles, segment_ids, self.causal)
-        x = constrain(x + out, "act_embed")
-        x = constrain(x + self.mlp(self.mlp_norm(x)), "act_embed")
-        return x, cache if self.collect else None
+    def _feed_forward(self, x, real=None):
+        """(what the mlp or the experts add, Routing or None)."""
+        return self.experts(x, real) if self.config.num_experts else (self.mlp(x), None)
 
-    def step(self, x, angles, cache, column, mask):
+    def _add(self, x, attend, at, real=None):
+        """Both branches onto x. attend: normed x -> (out, more); at: states where x lives."""
+        kind = self.config.block
+        out, more = attend(x if kind == "post" else self.attention_norm(x))
+        if kind in ("post", "both"):
+            out = self.attention_post_norm(out)
+        if kind == "parallel":
+            added, routing = self._feed_forward(self.mlp_norm(x), real)
+            return at(x + out + added), more, routing
+        x = at(x + out)
+        added, routing = self._feed_forward(x if kind == "post" else self.mlp_norm(x), real)
+        if kind in ("post", "both"):
+            added = self.mlp_post_norm(added)
+        return at(x + added), more, routing
+
+    def _own(self, angles, kind: LayerKind | None):
+        """This layer's angles and window."""
+        if kind is None or angles is None:
+            return angles, self.config.window
+        return tuple(part[kind.rope] for part in angles), kind.window
+
+    def __call__(self, x, angles, segment_ids, kind=None):
+        """Whole rows: x [B,T,D] -> (x, ({"k", "v": [B,K,T,H]} if collect, Routing if route))."""
+        angles, window = self._own(angles, kind)
+
+        def attend(x):
+            return self.attention(x, angles, segment_ids, window, self.causal)
+
+        real = segment_ids > 0 if self.route else None
+        x, cache, routing = self._add(x, attend, lambda x: constrain(x, "act_embed"), real)
+        return x, (cache if self.collect else None, routing)
+
+    def step(self, x, angles, cache, column, mask, kind=None):
         """One token a row: x [B,D] -> (x, cache)."""
+        angles, _ = self._own(angles, kind)
         x = visiting(x, "visit_embed")
-        out, cache = self.attention.step(self.attention_norm(x), angles, cache, column, mask)
-        x = visiting(x + out, "visit_embed")
-        return visiting(x + self.mlp(self.mlp_norm(x)), "visit_embed"), cache
+
+        def attend(x):
+            return self.attention.step(x, angles, cache, column, mask)
+
+        x, cache, _ = self._add(x, attend, lambda x: visiting(x, "visit_embed"))
+        return x, cache
 
 
 class Decoder(nn.Module):
@@ -78,6 +147,7 @@ class Decoder(nn.Module):
     runtime: Runtime
     causal: bool = True
     collect: bool = False
+    route: bool = False
 
     def setup(self):
         c, r = self.config, self.runtime
@@ -94,28 +164,35 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, nn.broadcast),
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0)),
             length=c.num_layers,
             unroll=c.num_layers if r.unroll is True else min(r.unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(c, r, self.causal, self.collect)
+        )(c, r, self.causal, self.collect, self.route)
         self.final_norm = Norm(c, r.param_dtype)
 
     def start(self, tokens, positions):
         """Embedded tokens [..., D] and what rotates their queries and keys (None if learned)."""
+        c = self.config
         x = self.embed(tokens)
-        if self.config.position == "learned":
+        if c.embedding_scale:  # rounded to the dtype of x, as the families that do this have it
+            x *= jnp.asarray(c.hidden_size**0.5, x.dtype)
+        if c.position == "learned":
             return x + self.position_embed(positions), None
-        return x, rope_angles(self.config, positions)
+        return x, rope_angles(c, positions)
 
     def finish(self, x):
         """The final norm."""
         return self.final_norm(x)
 
     def __call__(self, tokens, positions, segment_ids):
+        """-> (hidden [B,T,D], (cache, Routing), stacked over layers; None what is not asked for)"""
         x, angles = self.start(tokens, positions)
-        x, cache = self.layers(constrain(x, "act_embed"), angles, segment_ids)
-        return self.finish(x), cache
+        kinds = layer_kinds(self.config)
+        if kinds is not None:
+            kinds = LayerKind(*(jnp.asarray(each) for each in zip(*kinds, strict=True)))
+        x, more = self.layers(constrain(x, "act_embed"), angles, segment_ids, kinds)
+        return self.finish(x), more
 
 
 class WithHeads(nn.Module):
@@ -233,23 +310,39 @@ def _finish(decoder: Decoder, outer, x) -> jax.Array:
 
 
 def _run(
-    params, config, runtime, tokens, positions, segment_ids, causal, collect
-) -> tuple[Any, Any]:
-    """(hidden [B,T,D], keys and values stacked [L,...] or a tuple over layers, or None)."""
+    params,
+    config,
+    runtime,
+    tokens,
+    positions,
+    segment_ids,
+    *,
+    causal=True,
+    collect=False,
+    route=False,
+) -> tuple[Any, Any, Any]:
+    """(hidden [B,T,D]; keys and values stacked [L,...] or a tuple over layers, or None; Routing
+    [L,E] or None)."""
+    if config.window is not None and not causal:
+        raise ValueError("a model with a window reads from left to right: causal must be true")
     tokens, positions = _clean(tokens, positions, segment_ids)
-    decoder = Decoder(config, runtime, causal, collect)
+    decoder = Decoder(config, runtime, causal, collect, route)
     if not isinstance(params["layers"], (tuple, list)):
         both: Any = decoder.apply({"params": params}, tokens, positions, segment_ids)
-        return both
+        hidden, (cache, routing) = both
+        return hidden, cache, routing
     outer = {"params": _outer(params)}
     x, angles = _start(decoder, outer, tokens, positions)
-    block = Block(config, runtime, causal, collect)
-    caches = []
-    for layer in params["layers"]:
-        both: Any = block.apply({"params": layer}, x, angles, segment_ids)
-        x, cache = both
+    block = Block(config, runtime, causal, collect, route)
+    kinds = layer_kinds(config) or [None] * config.num_layers
+    caches, routings = [], []
+    for layer, kind in zip(params["layers"], kinds, strict=True):
+        both: Any = block.apply({"params": layer}, x, angles, segment_ids, kind)
+        x, (cache, routing) = both
         caches.append(cache)
-    return _finish(decoder, outer, x), tuple(caches)
+        routings.append(routing)
+    routing = jax.tree.map(lambda *each: jnp.stack(each), *routings) if route else None
+    return _finish(decoder, outer, x), tuple(caches), routing
 
 
 def hidden_states(
@@ -269,7 +362,22 @@ def hidden_states(
             nor the positions there matter. A token outside the vocabulary gives NaN.
         causal: False lets a token see all of its segment.
     """
-    return _run(params, config, runtime, tokens, positions, segment_ids, causal, False)[0]
+    return _run(params, config, runtime, tokens, positions, segment_ids, causal=causal)[0]
+
+
+def hidden_states_and_routing(
+    params: Params,
+    config: ModelConfig,
+    runtime: Runtime,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+) -> tuple[jax.Array, Routing]:
+    """As `hidden_states`, and what the routers of a model with experts did with real tokens."""
+    if not config.num_experts:
+        raise ValueError(f"a {config.family} model without experts has no routers")
+    found = _run(params, config, runtime, tokens, positions, segment_ids, route=True)
+    return found[0], found[2]
 
 
 def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Params:
@@ -298,7 +406,8 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
         layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
         layer = jax.tree_util.tree_map_with_path(computed, layer)
         layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
-        layer["mlp"] = fused(layer["mlp"], ("gate", "up"), "gate_up")
+        if "mlp" in layer:
+            layer["mlp"] = fused(layer["mlp"], ("gate", "up"), "gate_up")
         layers.append(layer)
     outer = {
         key: value
@@ -338,7 +447,15 @@ def prefill(
     length = tokens.shape[1]
     if cache_length < length:
         raise ValueError(f"cache_length = {cache_length} is shorter than the prompts, {length}")
-    hidden, caches = _run(params, config, runtime, tokens, positions, segment_ids, True, True)
+    hidden, caches, _ = _run(
+        params,
+        config,
+        runtime,
+        tokens,
+        positions,
+        segment_ids,
+        collect=True,
+    )
     if isinstance(caches, dict):  # stacked by the scan
         caches = tuple(
             {name: leaf[index] for name, leaf in caches.items()}
@@ -364,20 +481,35 @@ def decode_step(
         token, position: int32 [B]; position = tokens before it in its row.
         cache: as returned by `prefill`; keys and values of the token are written at `column`.
         column: int32 [], the same for every row (P + t at step t), so the update is in place.
-        cache_mask: bool [B, S], columns the row may attend to. `column` itself is always
-            attended to, columns after it never, whatever the mask says there.
+        cache_mask: bool [B, S], columns the row may attend to (a window counts these). `column`
+            itself is always attended to, columns after it never, whatever the mask says there.
     """
     params = split_layers(params, config, runtime)
     columns = jnp.arange(cache_mask.shape[1])
     mask = (cache_mask & (columns < column)) | (columns == column)
+    near = mask
+    if config.window is not None:  # real tokens between a column's and this one
+        since = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] - 1
+        near = mask & (since < config.window)
     decoder = Decoder(config, runtime)
     outer = {"params": _outer(params)}
     x, angles = _start(decoder, outer, token, position)
     block = Block(config, runtime)
+    kinds = layer_kinds(config) or [None] * config.num_layers
     caches = []
-    for layer, layer_cache in zip(params["layers"], cache, strict=True):
+    for index, (layer, layer_cache, kind) in enumerate(
+        zip(params["layers"], cache, kinds, strict=True)
+    ):
+        seen = near if config.has_window(index) else mask
         both: Any = block.apply(
-            {"params": layer}, x, angles, layer_cache, column, mask, method="step"
+            {"params": layer},
+            x,
+            angles,
+            layer_cache,
+            column,
+            seen,
+            kind,
+            method="step",
         )
         x, layer_cache = both
         caches.append(layer_cache)

@@ -7,6 +7,7 @@ sharding, so that the host never holds more than what it must keep and one leaf.
 opened. Writing gives a folder that transformers loads; reading it again gives the same bits.
 """
 
+import itertools
 import json
 import math
 import os
@@ -237,23 +238,37 @@ def _layout(config: ModelConfig, tree: Params) -> Iterator[tuple[Tensor, list[tu
             yield tensor, found
 
 
-def _stored(tensor: Tensor, leaves: list[tuple], config: ModelConfig) -> dict[str, tuple]:
+def _numbers(tensor: Tensor, leaf: Any) -> list[tuple[int, ...]]:
+    """(layer,) or (layer, expert) of every tensor of the file that a leaf is made of; [()] if it
+    is one."""
+    lead = ("{layer}" in tensor.hf) + ("{expert}" in tensor.hf)
+    return list(itertools.product(*map(range, leaf.shape[:lead])))
+
+
+def _name(tensor: Tensor, numbers: tuple[int, ...]) -> str:
+    return tensor.hf.format(**dict(zip(("layer", "expert"), numbers, strict=False)))
+
+
+def _stored(tensor: Tensor, leaves: list[tuple]) -> dict[str, tuple]:
     """Names and shapes in the file: {name: shape}."""
-    layered = "{layer}" in tensor.hf
-    shapes = [leaf.shape[1:] if layered else leaf.shape for _, leaf in leaves]
+    numbers = _numbers(tensor, leaves[0][1])
+    shapes = [leaf.shape[len(numbers[0]) :] for _, leaf in leaves]
     shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
     shape = shape[::-1] if tensor.transpose else shape
-    layers = range(config.num_layers) if layered else (0,)
-    return {tensor.hf.format(layer=layer): shape for layer in layers}
+    return {_name(tensor, each): shape for each in numbers}
 
 
 def _names_in_file(files: _Files, config: ModelConfig) -> dict[str, str]:
     """Our names of the file's tensors to the names there, which may lack the family's prefix."""
     family = FAMILIES[config.family]
     known = {tensor.hf.split("{layer}")[0] for tensor in family.tensors}
+    other = {name: tensor.hf for tensor in family.tensors for name in tensor.also}
     names: dict[str, str] = {}
     for name in files.paths:
         if name.endswith(family.buffers):
+            continue
+        if name in other and other[name] not in files.paths:
+            names[other[name]] = name
             continue
         full = family.prefix + name
         bare = not any(name.startswith(start) for start in known) and any(
@@ -294,30 +309,51 @@ def _check(files: _Files, names: dict[str, str], expected: dict[str, tuple], whe
 
 
 def _leaf_reader(
-    files: _Files, name: Callable[[int], str], layered: bool, transpose: bool, offset: int, shape
+    files: _Files,
+    names: Mapping[str, str],
+    tensor: Tensor,
+    part: int,
+    leaves: list[tuple],
+    head: int,
 ) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index of our leaf to its values, reading only those."""
+    """A function from an index of our leaf to its values, reading only those (of a tensor that is
+    interleaved by heads of size `head`: all parts of the heads concerned)."""
+    shape = leaves[part][1].shape
+    lead = len(_numbers(tensor, leaves[part][1])[0])
+    parts = len(leaves)
+    offset = sum(leaf.shape[-1] for _, leaf in leaves[:part])
+
+    def one(name: str, inner: list[slice]) -> np.ndarray:
+        last = inner[-1]
+        if tensor.by_head:
+            first = last.start // head
+            rows = slice(first * parts * head, -(-last.stop // head) * parts * head)
+        else:
+            rows = slice(last.start + offset, last.stop + offset)
+        there = [*inner[:-1], rows]
+        found = files.read(name, tuple(there[::-1] if tensor.transpose else there))
+        found = found.T if tensor.transpose else found
+        if not tensor.by_head:
+            return found
+        each = found.reshape(*found.shape[:-1], -1, parts, head)[..., part, :]
+        each = each.reshape(*found.shape[:-1], -1)
+        return each[..., last.start - first * head : last.stop - first * head]
 
     def read(index: tuple[slice, ...]) -> np.ndarray:
         bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-        inner = [slice(start, stop) for start, stop in (bounds[1:] if layered else bounds)]
-        last = inner[-1]
-        inner[-1] = slice(last.start + offset, last.stop + offset)
-        there = tuple(inner[::-1] if transpose else inner)
-
-        def one(layer: int) -> np.ndarray:
-            part = files.read(name(layer), there)
-            return part.T if transpose else part
-
-        if not layered:
-            return np.ascontiguousarray(one(0))
-        start, stop = bounds[0]
-        first = one(start)
-        out = np.empty((stop - start, *first.shape), first.dtype)
-        out[0] = first
-        for layer in range(start + 1, stop):
-            out[layer - start] = one(layer)
-        return out
+        inner = [slice(start, stop) for start, stop in bounds[lead:]]
+        if not lead:
+            return np.ascontiguousarray(one(names[_name(tensor, ())], inner))
+        whole: np.ndarray | None = None
+        for numbers in itertools.product(*(range(*bound) for bound in bounds[:lead])):
+            found = one(names[_name(tensor, numbers)], inner)
+            if whole is None:
+                sizes = [stop - start for start, stop in bounds[:lead]]
+                whole = np.empty((*sizes, *found.shape), found.dtype)
+            at = tuple(n - start for n, (start, _) in zip(numbers, bounds, strict=False))
+            whole[at] = found
+        assert whole is not None
+        return whole
 
     return read
 
@@ -378,23 +414,17 @@ def load_hf(
         layout = list(_layout(config, wanted))
         expected: dict[str, tuple] = {}
         for tensor, leaves in layout:
-            expected |= _stored(tensor, leaves, config)
+            expected |= _stored(tensor, leaves)
         _check(files, names, expected, folder)
 
         params: Params = {}
         for tensor, leaves in layout:
-            offset = 0
-            for path, leaf in leaves:
-
-                def name(layer: int, tensor=tensor) -> str:
-                    return names[tensor.hf.format(layer=layer)]
-
-                layered = "{layer}" in tensor.hf
-                read = _leaf_reader(files, name, layered, tensor.transpose, offset, leaf.shape)
+            for part, (path, leaf) in enumerate(leaves):
+                read = _leaf_reader(files, names, tensor, part, leaves, config.head_size)
                 sharding = _get(shardings, path) if isinstance(shardings, dict) else shardings
-                as_dtype = jnp.dtype(dtype) if dtype else files.dtypes[name(0)]
+                first = names[_name(tensor, _numbers(tensor, leaf)[0])]
+                as_dtype = jnp.dtype(dtype) if dtype else files.dtypes[first]
                 _put(params, path, _place(read, leaf.shape, as_dtype, sharding))
-                offset += leaf.shape[-1]
     finally:
         files.close()
     generation = folder / "generation_config.json"
@@ -404,25 +434,25 @@ def load_hf(
 
 def _drop_tied_copy(files: _Files, names: dict[str, str], config: ModelConfig, kind: str, folder):
     """A tied model may carry its head twice; the copy must be one."""
-    if kind != "lm" or not config.tie_embeddings or "lm_head.weight" not in names:
+    tensors = FAMILIES[config.family].tensors
+    head = next(t.hf for t in tensors if t.leaves == ("lm_head/kernel",))
+    if kind != "lm" or not config.tie_embeddings or head not in names:
         return
     embedding = next(
-        names[t.hf]
-        for t in FAMILIES[config.family].tensors
-        if t.leaves == ("embed/embedding",) and t.hf in names
+        names[t.hf] for t in tensors if t.leaves == ("embed/embedding",) and t.hf in names
     )
+    copy = names[head]
     shape = files.shapes[embedding]
     parts = [(slice(row, min(row + 4096, shape[0])),) for row in range(0, shape[0], 4096)]
-    same = shape == files.shapes["lm_head.weight"] and all(
-        np.array_equal(files.read(embedding, part), files.read("lm_head.weight", part))
-        for part in parts
+    same = shape == files.shapes[copy] and all(
+        np.array_equal(files.read(embedding, part), files.read(copy, part)) for part in parts
     )
     if not same:
         raise ModelError(
-            f"{folder}: config.json ties the head to the embedding, but lm_head.weight differs "
-            f"from {embedding}: set tie_word_embeddings to false, or remove lm_head.weight"
+            f"{folder}: config.json ties the head to the embedding, but {copy} differs "
+            f"from {embedding}: set tie_word_embeddings to false, or remove {copy}"
         )
-    del names["lm_head.weight"]
+    del names[head]
 
 
 def _fetch(leaf) -> np.ndarray:
@@ -450,22 +480,34 @@ def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterato
     """The tensors of the file in the family's order; a leaf is fetched once for all its layers."""
     for tensor, leaves in _layout(config, params):
         as_dtype = np.dtype(jnp.dtype(dtype)) if dtype else np.dtype(leaves[0][1].dtype)
-        stored = list(_stored(tensor, leaves, config).items())
+        stored = list(_stored(tensor, leaves).items())
+        numbers = _numbers(tensor, leaves[0][1])
         held: list[np.ndarray] = []
-        last = len(stored) - 1
+        last = numbers[-1]
 
-        def values(layer, *, tensor=tensor, leaves=leaves, dt=as_dtype, held=held, last=last):
+        def values(at, *, tensor=tensor, leaves=leaves, dt=as_dtype, held=held, last=last):
             if not held:
                 held.extend(_fetch(leaf) for _, leaf in leaves)
-            parts = [leaf[layer] if "{layer}" in tensor.hf else leaf for leaf in held]
-            if layer == last:
+            parts = [leaf[at] for leaf in held]
+            if at == last:
                 held.clear()
-            whole = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
+            whole = _joined(parts, config.head_size if tensor.by_head else None)
             whole = whole.T if tensor.transpose else whole
             return np.ascontiguousarray(whole.astype(dt, copy=False))
 
-        for layer, (name, shape) in enumerate(stored):
-            yield _Out(name, shape, as_dtype, partial(values, layer))
+        for at, (name, shape) in zip(numbers, stored, strict=True):
+            yield _Out(name, shape, as_dtype, partial(values, at))
+
+
+def _joined(parts: list[np.ndarray], head: int | None) -> np.ndarray:
+    """Side by side along the last axis: one after the other, or all parts of each head in turn."""
+    if len(parts) == 1:
+        return parts[0]
+    if head is None:
+        return np.concatenate(parts, axis=-1)
+    by_head = [part.reshape(*part.shape[:-1], -1, 1, head) for part in parts]
+    whole = np.concatenate(by_head, axis=-2)
+    return whole.reshape(*whole.shape[:-3], -1)
 
 
 def _write_safetensors(path: Path, tensors: list[_Out], writer: bool) -> None:

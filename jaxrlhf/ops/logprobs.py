@@ -26,6 +26,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxrlhf.ops.placement import place
+from jaxrlhf.ops.softcap import softcap
 
 Hidden = Float[Array, "B T D"]
 Kernel = Float[Array, "D V"]
@@ -41,7 +42,7 @@ def _check(temperature: float, chunk: int) -> None:
         raise ValueError(f"chunk = {chunk} must be at least 1 position")
 
 
-def _log_softmax(hidden: Array, kernel: Array, temperature: float) -> Array:
+def _log_softmax(hidden: Array, kernel: Array, temperature: float, cap: float | None) -> Array:
     """[B, C, D] and [D, V] to log-probs [B, C, V] in at least float32."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
     hidden = place(hidden, "visit_batch", "length", None)
@@ -49,7 +50,7 @@ def _log_softmax(hidden: Array, kernel: Array, temperature: float) -> Array:
         "bcd,dv->bcv", hidden, kernel.astype(hidden.dtype), preferred_element_type=dtype
     )
     logits = place(logits, "visit_batch", "length", "visit_vocab")
-    return jax.nn.log_softmax(logits / temperature, axis=-1)
+    return jax.nn.log_softmax(softcap(logits, cap) / temperature, axis=-1)
 
 
 def _over_positions(one_chunk, chunk: int, shared, *per_position):
@@ -86,6 +87,7 @@ def token_logprobs(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = ...,
+    cap: float | None = ...,
     chunk: int = ...,
     entropy: Literal[False] = ...,
 ) -> PerToken: ...
@@ -96,6 +98,7 @@ def token_logprobs(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = ...,
+    cap: float | None = ...,
     chunk: int = ...,
     entropy: Literal[True],
 ) -> tuple[PerToken, PerToken]: ...
@@ -105,6 +108,7 @@ def token_logprobs(
     tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
+    cap: float | None = None,
     chunk: int = CHUNK,
     entropy: bool = False,
 ) -> PerToken | tuple[PerToken, PerToken]:
@@ -116,6 +120,7 @@ def token_logprobs(
         tokens: [B, T] ids. An id outside [0, V) (garbage in a masked slot) gives a finite number.
         temperature: logits are divided by it; the log-probs of a policy that samples at
             temperature T are those at T, not at 1.
+        cap: the model's soft cap of its logits (`ops.softcap`), applied before the temperature.
         chunk: positions whose logits exist at the same time.
         entropy: also return the entropy (nats) of the distribution that token t came from.
 
@@ -125,7 +130,7 @@ def token_logprobs(
     _check(temperature, chunk)
 
     def one_chunk(kernel, hidden, target):
-        logp = _log_softmax(hidden, kernel, temperature)
+        logp = _log_softmax(hidden, kernel, temperature, cap)
         hit = jax.lax.broadcasted_iota(target.dtype, logp.shape, 2) == target[..., None]
         picked = jnp.where(hit, logp, 0).sum(-1)
         return (picked, -(jnp.exp(logp) * logp).sum(-1)) if entropy else picked
@@ -142,6 +147,7 @@ def exact_kl(
     ref_kernel: Float[Array, "E V"],
     *,
     temperature: float = 1.0,
+    caps: tuple[float | None, float | None] = (None, None),
     chunk: int = CHUNK,
 ) -> PerToken:
     """KL(p || q), nats, between the two models' distributions of token t, in slot t; slot 0 is 0.
@@ -150,12 +156,13 @@ def exact_kl(
 
     The expectation of `ops.kl.k1` given the tokens before t, without its sampling noise. Both
     models are read at the same temperature; their widths may differ, their vocabulary may not.
+    `caps` are the soft caps of their logits.
     """
     _check(temperature, chunk)
 
     def one_chunk(kernels, hidden, ref_hidden):
-        logp = _log_softmax(hidden, kernels[0], temperature)
-        logq = _log_softmax(ref_hidden, kernels[1], temperature)
+        logp = _log_softmax(hidden, kernels[0], temperature, caps[0])
+        logq = _log_softmax(ref_hidden, kernels[1], temperature, caps[1])
         # Never negative but for rounding, which is taken off.
         return jnp.maximum((jnp.exp(logp) * (logp - logq)).sum(-1), 0)
 

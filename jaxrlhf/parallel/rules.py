@@ -26,6 +26,7 @@ RULES: dict[str, MeshAxes] = {
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
+    "experts": "expert",
     "outputs": None,  # of a scalar head: few
     # activations
     "batch": ("data", "fsdp"),

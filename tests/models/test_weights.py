@@ -282,9 +282,16 @@ def test_both_spellings_of_rope_mean_the_same():
 @pytest.mark.parametrize(
     ("changes", "match"),
     [
-        ({"model_type": "mamba"}, r"'mamba' is not supported; supported: gpt2, llama"),
+        (
+            {"model_type": "mamba"},
+            r"'mamba' is not supported; supported: gemma, gemma2, gemma3_text",
+        ),
         ({"model_type": "absent"}, "model_type = None"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "default, linear, llama3"),
+        (
+            {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}},
+            "default, dynamic, linear, llama3",
+        ),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "lacks short_factor, long_factor"),
         ({"rope_parameters": {"rope_type": "linear"}}, "lacks factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": -1}}, "factor = -1: a positive"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is not read"),
@@ -303,6 +310,34 @@ def test_both_spellings_of_rope_mean_the_same():
 def test_a_config_that_means_other_maths_is_refused(changes, match):
     with pytest.raises(ModelError, match=match):
         config_from_hf(hf(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "match"),
+    [
+        ("gemma2", {"layer_types": ["full_attention"]}, "1 entries for 2 layers"),
+        ("gemma2", {"layer_types": ["chunked_attention"] * 2}, "a list of 'sliding_attention'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True"),
+        ("gemma2", {"sliding_window": None}, "no sliding_window is in use"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0"),
+        ("gemma3", {"rope_local_base_freq": 7.0, "rope_theta": 3.0}, "disagree"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "no sliding_window is in use"),
+        (
+            "phi3-longrope",
+            {"rope_parameters": {"rope_type": "su", "short_factor": [1.0], "long_factor": [2.0]}},
+            "short_factor has 1 numbers, a head has 2 rotated pairs",
+        ),
+        ("qwen3-moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3-moe", {"decoder_sparse_step": 2}, "decoder_sparse_step = 2"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise = 0.1"),
+        ("mixtral", {"num_experts_per_tok": 9}, "experts_per_token = 9"),
+        ("gpt-neox", {"use_parallel_residual": "yes"}, "use_parallel_residual = 'yes'"),
+        ("smollm3", {"no_rope_layers": [1]}, "a list of 4 numbers"),
+    ],
+)
+def test_switches_of_families_are_read_or_refused(name, changes, match):
+    with pytest.raises(ModelError, match=match):
+        config_from_hf(hf(name, **changes))
 
 
 def test_switches_of_gpt2():

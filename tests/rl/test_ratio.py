@@ -78,7 +78,7 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
 
     def score(rows):
         hidden = row_hidden(params, config, runtime, rows)
-        said = head_logprobs(params, runtime, hidden, rows.tokens, temperature=temperature)
+        said = head_logprobs(params, config, runtime, hidden, rows.tokens, temperature=temperature)
         return said, head_values(params, hidden)
 
     old, values = jit(lambda r: in_minibatches(score, r, microbatch))(rollout)
@@ -88,7 +88,13 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
     def loss_fn(trainable, frozen, rows, key):
         hidden = row_hidden(trainable, config, runtime, rows)
         out = head_logprobs(
-            trainable, runtime, hidden, rows.tokens, temperature=temperature, entropy=entropy
+            trainable,
+            config,
+            runtime,
+            hidden,
+            rows.tokens,
+            temperature=temperature,
+            entropy=entropy,
         )
         new, entropies = out if entropy else (out, jnp.zeros_like(old[:1]))
         new_values = head_values(trainable, hidden)

@@ -79,7 +79,7 @@ def test_values_and_logprobs_stand_at_the_token_they_speak_of():
     r, p = rows(), params()
     hidden = scored(row_hidden, p, r)
     value = heads.scalar(p, hidden, "value")[..., 0]
-    logp = jax.nn.log_softmax(heads.logits(p, hidden) / 0.7)
+    logp = jax.nn.log_softmax(heads.logits(p, CONFIG, hidden) / 0.7)
     got_values = head_values(p, hidden)
     got = scored(row_logprobs, p, r, temperature=0.7)
     for b, t in np.argwhere(np.asarray(r.completion_mask)):
@@ -91,8 +91,9 @@ def test_values_and_logprobs_stand_at_the_token_they_speak_of():
 def test_exact_kl_to_itself_is_exactly_0_and_to_another_positive():
     r, p, q = rows(), params(), params(1)
     hidden, other_hidden = scored(row_hidden, p, r), scored(row_hidden, q, r)
-    same = head_exact_kl(p, p, RUNTIME, hidden, hidden, temperature=0.7)
-    other = head_exact_kl(p, q, RUNTIME, hidden, other_hidden, temperature=0.7)
+    same = head_exact_kl(p, p, (CONFIG, CONFIG), RUNTIME, hidden, hidden, temperature=0.7)
+    both = (CONFIG, CONFIG)
+    other = head_exact_kl(p, q, both, RUNTIME, hidden, other_hidden, temperature=0.7)
     assert (same == 0).all()
     assert (np.asarray(other)[np.asarray(r.completion_mask)] > 0).all()
 

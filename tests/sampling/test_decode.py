@@ -100,7 +100,7 @@ def test_logprobs_of_decoding_are_those_of_a_full_forward_pass(name, temperature
 )
 def test_filtered_logprobs_are_renormalised_over_the_declared_support(kwargs):
     rollout = sampled(**kwargs)
-    logits = heads.logits(model("llama"), forward("llama", rollout))
+    logits = heads.logits(model("llama"), LLAMA, forward("llama", rollout))
     logprobs, ids = map(np.asarray, candidates(logits.reshape(-1, V), **kwargs))
     tokens, got = np.asarray(rollout.tokens), np.asarray(rollout.sampler_logprobs)
     for b, t in np.argwhere(np.asarray(rollout.completion_mask)):
@@ -231,7 +231,8 @@ def test_first_tokens_follow_the_softmax_of_the_model():
     rollout = run(model("llama"), tokens, lengths, KEY, jnp.arange(n), "llama", kwargs)
     one = jnp.array([[5]])
     hidden = hidden_states(model("llama"), LLAMA, RUNTIME, one, one * 0, one * 0 + 1)
-    probs = np.asarray(jax.nn.softmax(heads.logits(model("llama"), hidden)[0, 0] / 1.5), np.float64)
+    logits = heads.logits(model("llama"), LLAMA, hidden)[0, 0]
+    probs = np.asarray(jax.nn.softmax(logits / 1.5), np.float64)
     drawn = np.asarray(rollout.tokens)
     counts = np.bincount(drawn[:, 1], minlength=V)
     used = probs * n > 5
@@ -245,7 +246,7 @@ def test_greedy_repeats_itself_whatever_the_key_and_says_log_prob_0():
     b = sampled(temperature=0.0, ids=jnp.arange(B) + 100)
     np.testing.assert_array_equal(a.tokens, b.tokens)
     assert (a.sampler_logprobs == 0).all()
-    logits = heads.logits(model("llama"), forward("llama", a))
+    logits = heads.logits(model("llama"), LLAMA, forward("llama", a))
     best = np.asarray(logits.argmax(-1))
     for row, t in np.argwhere(np.asarray(a.completion_mask)):
         assert int(a.tokens[row, t]) == best[row, t - 1]
