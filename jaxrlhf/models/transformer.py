@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters.merging import merge
 from jaxrlhf.models.attention import Attention, LayerCache
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.heads import lm_head_kernel
@@ -275,8 +276,8 @@ def hidden_states(
 def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Params:
     """Parameters for a decode loop: `layers` as a tuple of per-layer trees, in runtime.dtype.
 
-    q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once, before the loop; every
-    function here takes either form. Norms and biases keep their dtype.
+    Adapters are merged; q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once,
+    before the loop; every function here takes either form. Norms and biases keep their dtype.
     """
     if isinstance(params["layers"], (tuple, list)):
         return params
@@ -295,7 +296,7 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
 
     layers = []
     for index in range(config.num_layers):
-        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        layer = merge(jax.tree.map(lambda leaf: leaf[index], params["layers"]))  # noqa: B023
         layer = jax.tree_util.tree_map_with_path(computed, layer)
         layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
         layer["mlp"] = fused(layer["mlp"], ("gate", "up"), "gate_up")
