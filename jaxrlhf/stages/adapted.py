@@ -89,10 +89,22 @@ def with_adapter(model: Model, adapted: Adapted, dtype: str, key: jax.Array, mes
 
     base = frozen if adapter.kind == "dora" else {}
     shapes = jax.eval_shape(make, key, base)
-    where = param_shardings(join(shapes, frozen), model.config, mesh)
+    where = param_shardings(abstract_adapted(adapter, adapted.params, dtype), model.config, mesh)
     leaves = jax.jit(make, out_shardings=_like(where, shapes))(key, base)
     params = join(join(whole, frozen), leaves)
     return dataclasses.replace(model, params=params, adapted=adapted)
+
+
+def abstract_adapted(adapter: Adapter, base: Params, dtype: str) -> Params:
+    """The shapes of a whole tree, of its base's: what trains in `dtype`."""
+    whole, frozen = split(base, adapter.trains)
+    whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), whole)
+
+    def make(key: jax.Array, base: Params) -> Params:
+        return init_adapter(key, adapter, base, dtype)
+
+    leaves = jax.eval_shape(make, jax.random.key(0), frozen)
+    return join(join(whole, frozen), leaves)
 
 
 def _like(tree: Any, part: Any) -> Any:
@@ -183,15 +195,14 @@ def critic_of(
     return model, trunk(model.params)
 
 
-def on_halves(loss_fn: LossFn, adapted: Adapted | None) -> LossFn:
+def on_halves(loss_fn: LossFn, dropout: float) -> LossFn:
     """A stage's loss of the whole tree as a function of its two halves; with dropout on the
     adapter's inputs, whose key is folded from the step's."""
-    rate = 0.0 if adapted is None else adapted.adapter.dropout
 
     def of_halves(params: Params, frozen: Params, batch: Any, key: jax.Array) -> Any:
         whole = join(params, frozen)
-        if rate:
-            whole = with_dropout(whole, jax.random.fold_in(key, 1), rate)
+        if dropout:
+            whole = with_dropout(whole, jax.random.fold_in(key, 1), dropout)
         return loss_fn(whole, {}, batch, key)
 
     return of_halves

@@ -225,7 +225,7 @@ def _run(
 
     train_step = jit_train_step(
         make_train_step(
-            on_halves(recipe.loss_fn, recipe.adapted),
+            on_halves(recipe.loss_fn, recipe.adapted.adapter.dropout if recipe.adapted else 0.0),
             tx,
             accum=accumulation,
             prepare=recipe.prepare,

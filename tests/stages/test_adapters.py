@@ -14,7 +14,9 @@ from tiny import metrics, read_jsonl, run, words
 from jaxrlhf import api
 from jaxrlhf.config.stages import STAGES
 from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.models import heads
 from jaxrlhf.models.rows import row_logprobs, row_scores
+from jaxrlhf.models.transformer import hidden_states
 from jaxrlhf.models.weights import load_hf
 from jaxrlhf.parallel.mesh import make_mesh
 from jaxrlhf.parallel.rules import use_mesh
@@ -257,33 +259,40 @@ def test_an_adapter_is_trained_on_by_the_next_stage(tiny, models, adapted, tmp_p
     assert metrics(tmp_path / "plain")[0]["rewards/margins"] == 0
 
 
-def test_generation_uses_base_and_adapter(adapted, tmp_path):
-    keys = {"model": str(adapted("sft")), "prompt": "hello", "sampling.temperature": 0}
-    run("generate", tmp_path, **keys)
-    [row] = read_jsonl(tmp_path / "completions.jsonl")
-    model = opened(adapted("sft"))
-    ids = model.tokenizer.encode("hello") + row["token_ids"]
-    batch = LMBatch(*(np.asarray([x]) for x in (ids, range(len(ids)), [1] * len(ids))), None)
-    logprobs = row_logprobs(model.params, model.config, model.runtime, batch)
-    mean = float(np.asarray(logprobs)[0, -len(row["token_ids"]) :].mean())
+def test_generation_uses_base_and_adapter(tiny, adapted, tmp_path):
+    """Greedy completions are the most likely tokens of base and adapter, read as whole rows."""
+    prompts = [row["prompt"] for row in read_jsonl(tiny.held_out)][:4]
+    keys = {"prompt": prompts, "sampling.temperature": 0, "sampling.max_new_tokens": 8}
+    model = opened(adapted("dpo"))
     base = opened(model.adapted.base)
-    other = row_logprobs(base.params, base.config, base.runtime, batch)
-    assert mean > float(np.asarray(other)[0, -len(row["token_ids"]) :].mean())
+    agree = {}
+    run("generate", tmp_path, model=str(adapted("dpo")), **keys)
+    for name, judge in (("base and adapter", model), ("base", base)):
+        same = []
+        for row in read_jsonl(tmp_path / "completions.jsonl"):
+            ids = jax.numpy.asarray([[*model.tokenizer.encode(row["prompt"]), *row["token_ids"]]])
+            positions = jax.numpy.arange(ids.shape[1])[None]
+            shape = (judge.config, judge.runtime, ids, positions, positions * 0 + 1)
+            best = heads.logits(judge.params, hidden_states(judge.params, *shape))[0].argmax(-1)
+            start = ids.shape[1] - len(row["token_ids"])
+            same += (best[start - 1 : -1] == ids[0, start:]).tolist()
+        agree[name] = np.mean(same)
+    assert agree["base and adapter"] == 1 > agree["base"]
 
 
 def test_exports(adapted, tmp_path, capsys):
     model = opened(adapted("reward"))
     for form in ("hf", "merged", "peft"):
-        api.export(model=str(adapted("reward")), format=form, **{"output": str(tmp_path / form)})
+        api.export(model=str(adapted("reward")), format=form, output=str(tmp_path / form))
     assert "merged, its scores are within" in capsys.readouterr().out
-    merged = load_hf(tmp_path / "merged", kind="reward")
+    merged = load_hf(tmp_path / "merged" / "export", kind="reward")
     assert merged.params["layers"]["mlp"]["up"].keys() == {"kernel"}
     found = opened(tmp_path / "hf")
     np.testing.assert_allclose(said(found), said(model), atol=1e-5)
     again = opened(tmp_path / "peft")
     np.testing.assert_array_equal(said(again), said(model))
     with pytest.raises(ConfigError, match="no adapter but a whole model"):
-        api.export(model=str(tmp_path / "hf"), format="peft", output=str(tmp_path / "z"))
+        api.export(model=str(tmp_path / "hf"), format="peft", output=tmp_path / "z")
 
 
 def edited(folder, to, change):

@@ -89,7 +89,7 @@ OURS = {
 def base(name):
     """(config, parameters) of a random base."""
     if name != "llama-untied":
-        return CONFIGS[name], params(name)
+        return CONFIGS[name], {k: x for k, x in params(name).items() if k != "value"}
     config = dataclasses.replace(CONFIGS["llama"], tie_embeddings=False)
     rng = np.random.default_rng(3)
     head = {"kernel": rng.standard_normal((16, 37)).astype(np.float32)}
