@@ -88,6 +88,11 @@ class TrainingConfig(StageConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.train.only and self.model.adapter is not None:
+            yield (
+                f"train.only = {self.train.only} trains parameters of the model, model.adapter "
+                "others beside them: give one (model.adapter.modules_to_save trains both)"
+            )
         watched = self.train.eval_every is not None or self.train.keep_best is not None
         if watched and not self.data.holds_out:
             key = "keep_best" if self.train.keep_best is not None else "eval_every"

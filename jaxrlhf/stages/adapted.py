@@ -7,6 +7,7 @@ reference policy, a critic or a reward model on the same base read too.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxrlhf.config.model import AdapterSection, TrainedModelSection
 from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.models.adapters.merging import merge
 from jaxrlhf.models.adapters.modules import described
+from jaxrlhf.models.adapters.only import parse_only
 from jaxrlhf.models.adapters.peft import load_adapter, save_adapter
 from jaxrlhf.models.adapters.spec import Adapter, AdapterSpec, init_adapter, resolve
 from jaxrlhf.models.adapters.trees import join, places, split, with_dropout
@@ -51,21 +53,26 @@ def open_trained(
     kind: Kind | None = None,
     key: jax.Array,
     heads: tuple[str, ...] = (),
+    only: Sequence[str] = (),
 ) -> Model:
-    """The model that a stage trains: whole, or a frozen base with an adapter beside it.
+    """The model that a stage trains: whole, some of it, or a frozen base with an adapter beside it.
 
     A model that is an adapter itself is trained on where `model.adapter` describes it, and merged
     into its base where everything is to train.
 
     Args:
         heads: of "score": new heads that the stage will add, which train whole.
+        only: as `train.only`.
 
     Raises:
         ConfigError: the adapter's settings do not fit the model, or not the adapter there.
     """
     if section.adapter is None:
         model = open_model(section, mesh, kind=kind, key=key)
-        return model if model.adapted is None else merged(model, section.param_dtype)
+        model = model if model.adapted is None else merged(model, section.param_dtype)
+        if not only:
+            return model
+        return dataclasses.replace(model, only=parse_only(tuple(only), model.config))
     model = open_model(section, mesh, kind=kind, key=key, frozen=True)
     adapter = resolve(spec_of(section.adapter), model.config, heads=_heads(model, heads))
     if model.adapted is not None:
@@ -157,6 +164,8 @@ def merged(model: Model, dtype: str) -> Model:
 
 def halves(model: Model, params: Params) -> tuple[Params, Params]:
     """(what trains, what is frozen) of a model's parameters, with whatever heads it has by now."""
+    if model.only is not None:
+        return model.only.split(params)
     return (params, {}) if model.adapted is None else model.adapted.adapter.split(params)
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
 from jaxrlhf.data.tokenizer import check_vocabulary, is_path, load_tokenizer
 from jaxrlhf.errors import ModelError
+from jaxrlhf.models.adapters.only import Only
 from jaxrlhf.models.adapters.peft import (
     adapter_of,
     is_adapter,
@@ -78,6 +79,7 @@ class Model:
     stop_ids: tuple[int, ...]
     home: Path | None = None  # the HF folder the weights are from, if they are from one
     adapted: Adapted | None = None
+    only: Only | None = None  # which of its own parameters train; None = all
 
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
@@ -397,6 +399,11 @@ def _from_checkpoint(run: Path, dtype: str) -> tuple[Params, ModelConfig, str, d
     checkpoints = Checkpoints(run)
     params, step = checkpoints.restore_params(step=checkpoints.best())
     meta = checkpoints.read_meta(step)
+    if "frozen" in meta and "adapter" not in meta:
+        raise ModelError(
+            f"{run} trains some of its model's parameters (train.only) and is not finished: its "
+            "checkpoints hold only those. Call its command again to finish it"
+        )
     for name in meta["exported"]:
         params = params[name]
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

@@ -32,6 +32,7 @@ from jaxrlhf.data.tokenizer import decode_continuation
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation.text_metrics import describe_completions
 from jaxrlhf.losses.policy import POLICY_LOSSES, clipped_value, entropy_bonus
+from jaxrlhf.models.adapters.only import Only, parse_only
 from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.rows import head_exact_kl, head_logprobs, head_values, row_hidden
 from jaxrlhf.ops.advantages import ESTIMATORS
@@ -74,7 +75,13 @@ Metrics = dict[str, tuple[Any, Any]]
 def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """The arrows above, made of settings."""
     config = exactly_repeatable(config, mesh)
-    policy = open_trained(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    policy = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
     reference = reference_of(config, policy, mesh)
     judge = make_judge(config.reward, config.model, policy, mesh)
     gold = make_judge(config.gold, config.model, policy, mesh)
@@ -246,12 +253,18 @@ def make_actor_critic(
     score = judge.params["score"]["kernel"][:, :1].astype(config.model.param_dtype)
     head = {"kernel": score, "bias": jnp.zeros((1,), score.dtype)}
     params = trunk(judge.params)
+    judge = dataclasses.replace(judge, only=_only(config, judge))
     if adapter:
         judge, params = critic_of(judge, config.model, key, mesh)
     elif judge.adapted is not None:
         judge = merged(judge, config.model.param_dtype)
         params = trunk(judge.params)
     return policy.params, Model(**{**vars(judge), "params": {**params, "value": head}})
+
+
+def _only(config: PPOConfig, model: Model) -> Only | None:
+    """What trains of a critic that was opened on its own."""
+    return parse_only(tuple(config.train.only), model.config) if config.train.only else None
 
 
 def divided(policy: Model, actor: Params, critic: Model | None) -> tuple[Params, Params]:

@@ -83,7 +83,13 @@ def needs_reference(loss: Callable[..., Any]) -> bool:
 
 def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """pairs (+ reference log-probs, once) -> batch_at(step) -> a loss of PREFERENCE_LOSSES."""
-    model = open_trained(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    model = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size

@@ -16,6 +16,7 @@ from jaxrlhf.config.signatures import keywords
 from jaxrlhf.config.stages import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
 from jaxrlhf.losses.preference import PREFERENCE_LOSSES
 from jaxrlhf.losses.reward import REWARD_LOSSES
+from jaxrlhf.models.adapters.only import parse_only
 from jaxrlhf.models.adapters.spec import Adapter, resolve
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.rows import row_scores
@@ -157,6 +158,8 @@ class _Builder:
             parts = {name: self.halves(tree) for name, tree in params.items()}
             trained = {name: half for name, (half, _) in parts.items()}
             return trained, {name: half for name, (_, half) in parts.items() if half}
+        if self.config.train.only:
+            return parse_only(tuple(self.config.train.only), self.architecture).split(params)
         adapter = self.adapter(*(name for name in ("score",) if name in params))
         return (params, {}) if adapter is None else adapter.split(params)
 

@@ -107,7 +107,7 @@ def pair_metrics(chosen: np.ndarray, rejected: np.ndarray, pairs: PairSet) -> di
 def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """pairs -> batch_at(step) -> scores at the last token -> a loss on their difference."""
     first = jax.random.fold_in(key, 0)
-    model = open_trained(config.model, mesh, key=first, heads=("score",))
+    model = open_trained(config.model, mesh, key=first, heads=("score",), only=config.train.only)
     params = model.params
     if model.kind == "lm":
         # From zero: at first nothing is preferred, and no random direction is to be unlearnt.

@@ -75,7 +75,13 @@ def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: M
 
 def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """rows -> batch_at(step) -> next-token loss, weighted over the global batch."""
-    model = open_trained(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    model = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = lm_rows(config.data, model, config.seed)
     rows_per_step = config.train.batch_plan(row_shards(mesh)).batch_size

@@ -263,10 +263,14 @@ def test_generation_uses_base_and_adapter(tiny, adapted, tmp_path):
     """Greedy completions are the most likely tokens of base and adapter, read as whole rows."""
     prompts = [row["prompt"] for row in read_jsonl(tiny.held_out)][:4]
     keys = {"prompt": prompts, "sampling.temperature": 0, "sampling.max_new_tokens": 8}
-    model = opened(adapted("dpo"))
+
+    def stronger(config, tensors):
+        tensors.update({name: 4 * x for name, x in tensors.items() if "lora_B" in name})
+
+    model = opened(edited(adapted("dpo"), tmp_path / "strong", stronger))
     base = opened(model.adapted.base)
     agree = {}
-    run("generate", tmp_path, model=str(adapted("dpo")), **keys)
+    run("generate", tmp_path, model=str(tmp_path / "strong"), **keys)
     for name, judge in (("base and adapter", model), ("base", base)):
         same = []
         for row in read_jsonl(tmp_path / "completions.jsonl"):
@@ -365,3 +369,23 @@ def test_names_that_mean_nothing_are_refused_with_what_there_is(tiny, models, tm
             run("sft", tmp_path / "x", **keys | given)
     with pytest.raises(ConfigError, match="dropout would make another one"):
         run("ppo", tmp_path / "x", **tiny.ppo(models.base, "m:f") | {"model.lora.dropout": 0.1})
+
+
+@pytest.mark.parametrize("stage", ["reward", "ppo"])
+def test_only_what_is_named_trains(stage, tiny, models, tmp_path):
+    """The last of two layers; the other layer, embedding and final norm keep their bits."""
+    keys = tiny.settings(stage, models) | {"train.only": "last 1"}
+    keys |= {"train.steps": 2, "train.save_every": 1, "train.eval_every": None}
+    assert run(stage, tmp_path, **keys).exit_code == 0
+    before, after = (load_file(p / "export" / "model.safetensors") for p in (models.base, tmp_path))
+    same = {name for name in after if name in before and (before[name] == after[name]).all()}
+    layers = {name for name in before if ".layers.1." in name}
+    assert same == set(before) - layers - {"lm_head.weight"}
+    _, opt = leaves_of(tmp_path)
+    newest = max((tmp_path / "checkpoints").iterdir(), key=lambda p: int(p.name))
+    leaves = json.loads((newest / "manifest.json").read_text())["leaves"]
+    assert all(leaves[name][1][0] == 1 for name in opt if "/layers/" in name)
+    assert not any("embed" in name for name in opt)
+    if stage == "ppo":
+        first = metrics(tmp_path)[0]
+        assert first["ratio/first_off"] == 0

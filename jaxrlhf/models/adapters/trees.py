@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One tree of parameters in two halves: what trains, and what nothing changes.
 
-Both are nested dicts with the keys of the whole; joining them copies nothing.
+Both are nested dicts with the keys of the whole; joining them copies nothing, unless they hold
+different layers of one stacked leaf.
 """
 
 from collections.abc import Callable
@@ -15,16 +16,19 @@ Path = tuple[str, ...]
 
 
 def join(first: Params, second: Params) -> Params:
-    """The whole tree of two halves.
+    """The whole tree of two halves: a stacked leaf that both have is the second's layers, then
+    those of the first.
 
     Raises:
-        ValueError: a leaf that both have.
+        ValueError: a leaf that both have and that is not stacked over layers.
     """
     if not second:
         return first
 
     def both(a: Any, b: Any, path: Path) -> Any:
         if not isinstance(a, dict) or not isinstance(b, dict):
+            if "layers" in path and not isinstance(a, dict) and a.shape[1:] == b.shape[1:]:
+                return jnp.concatenate([b, a])
             raise ValueError(f"{'/'.join(path)} is in both halves of the parameters")
         found = dict(b)
         for key, value in a.items():
