@@ -125,12 +125,12 @@ def _continued(model: Model, adapter: Adapter, section: TrainedModelSection) -> 
     """The adapter that is there, trained on."""
     assert model.adapted is not None
     there = model.adapted.adapter
-    heads = tuple(m for m in adapter.saved if m.hf == "score")
-    if not dataclasses.replace(there, saved=()).same_shape(
-        dataclasses.replace(adapter, saved=())
-    ) or {m.hf for m in there.saved if m.hf != "score"} != {
-        m.hf for m in adapter.saved if m not in heads
-    }:
+
+    def without_score(one: Adapter) -> Adapter:
+        saved = tuple(m for m in one.saved if m.parts != ("score",))
+        return dataclasses.replace(one, saved=saved)
+
+    if not without_score(there).same_shape(without_score(adapter)):
         raise ConfigError(
             f"model.adapter describes another adapter than {model.source}, which is {_said(there)};"
             f" the settings are {_said(adapter)}: repeat its settings to train it on, leave "
@@ -170,13 +170,12 @@ def halves(model: Model, params: Params) -> tuple[Params, Params]:
 
 
 def reference_params(model: Model) -> Params:
-    """The parameters of a policy as it starts, in buffers that training does not donate.
+    """The parameters of a policy with an adapter as it starts, in buffers that training does not
+    donate.
 
     With a new adapter they are its base, which is there anyway; else only what trains is copied.
     """
-    if model.adapted is None:
-        return copy_params(model.params)
-    if model.adapted.fresh:
+    if model.adapted is not None and model.adapted.fresh:
         return model.adapted.params
     trained, frozen = halves(model, model.params)
     return join(copy_params(trained), frozen)

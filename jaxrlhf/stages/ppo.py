@@ -91,7 +91,10 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     if critic is not None:
         axes["critic"] = axes_of(critic.params, critic.config)
     # The state will donate its buffers: what stays frozen must be a copy of its own.
-    ref_params = reference_params(policy) if reference is policy else reference.params
+    ref_params = reference.params
+    if reference is policy:
+        adapted = policy.adapted is not None
+        ref_params = reference_params(policy) if adapted else copy_params(policy.params)
     reference = Model(**{**vars(reference), "params": ref_params})
 
     new_tokens = config.sampling.max_new_tokens

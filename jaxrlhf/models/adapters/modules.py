@@ -7,10 +7,11 @@ matrix in which a family keeps several of our projections is one module with sev
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.config import ModelConfig
@@ -30,6 +31,7 @@ class Module:
         leaves: (suffix of the tensor, paths of our leaves, transposed there) of its tensors.
         inputs: features of its input; None if it is no projection within a layer.
         outputs: features of each part's output.
+        by_head: its parts stand side by side within each head, not one after the other.
     """
 
     hf: str
@@ -37,6 +39,23 @@ class Module:
     leaves: tuple[tuple[str, tuple[str, ...], bool], ...]
     inputs: int | None = None
     outputs: tuple[int, ...] = ()
+    by_head: bool = False
+
+    def gather(self, pieces: Sequence[np.ndarray], head_size: int) -> np.ndarray:
+        """The parts' values [..., out] as the module's own, along its last axis."""
+        if not self.by_head or len(pieces) == 1:
+            return np.concatenate(pieces, axis=-1)
+        heads = [piece.reshape(*piece.shape[:-1], -1, head_size) for piece in pieces]
+        return np.stack(heads, axis=-2).reshape(*pieces[0].shape[:-1], -1)
+
+    def divide(self, value: np.ndarray, head_size: int) -> list[np.ndarray]:
+        """The inverse of `gather`; parts that are not projections are equally large."""
+        count = len(self.parts)
+        if not self.by_head or count == 1:
+            cuts = np.cumsum(self.outputs)[:-1] if self.outputs else count
+            return np.split(value, cuts, axis=-1)
+        heads = value.reshape(*value.shape[:-1], -1, count, head_size)
+        return [heads[..., n, :].reshape(*value.shape[:-1], -1) for n in range(count)]
 
     @property
     def conv1d(self) -> bool:
@@ -70,11 +89,13 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
             abstract_params(config, heads=("lm", "score"))
         )
     }
+    by_head: dict[str, bool] = {}
     tensors: dict[str, list[tuple[str, tuple[str, ...], bool]]] = {}
     for tensor in FAMILIES[config.family].tensors:
         leaves = tuple(path for path in tensor.leaves if path in shapes)
-        if leaves:
+        if leaves and "{expert}" not in tensor.hf:
             hf, suffix = tensor.hf.rsplit(".", 1)
+            by_head[hf] = getattr(tensor, "by_head", False)
             tensors.setdefault(hf, []).append((suffix, leaves, tensor.transpose))
     found = []
     for hf, entries in tensors.items():
@@ -85,7 +106,7 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
         linear = weights[0].endswith("/kernel") and "{layer}" in hf and len(sizes[0]) == 3
         inputs = sizes[0][-2] if linear else None
         outputs = tuple(size[-1] for size in sizes) if linear else ()
-        found.append(Module(hf, parts, tuple(entries), inputs, outputs))
+        found.append(Module(hf, parts, tuple(entries), inputs, outputs, by_head[hf]))
     return tuple(found)
 
 

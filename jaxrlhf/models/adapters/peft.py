@@ -168,7 +168,8 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
     layers = range(config.num_layers)
     heads = ("score",) if kind == "reward" else ()
     names = (*(peft.get("modules_to_save") or ()), *heads)
-    known = [m for m in modules(config) if m.hf != ("lm_head" if heads else "score")]
+    other = ("lm_head",) if heads else ("score",)
+    known = [m for m in modules(config) if m.parts != other]
     saved = tuple(m for m in known if any(m.name(0).endswith(name) for name in names))
     placed = []
     for module in projections(config):
@@ -223,13 +224,14 @@ def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, st
             yield f"{name}.lora_magnitude_vector", "dora_m", (out,)
 
 
-def _saved_tensors(adapter: Adapter, layers: int) -> Iterator[tuple[str, Any, Any, bool]]:
-    """(name there, layer or None, paths of our leaves, transposed) of modules trained whole."""
+def _saved_tensors(adapter: Adapter, layers: int) -> Iterator[tuple[str, Any, Any, bool, Module]]:
+    """(name there, layer or None, paths of our leaves, transposed, its module) of modules trained
+    whole."""
     for module in adapter.saved:
         for suffix, leaves, transpose in module.leaves:
             for layer in range(layers) if module.layered else (None,):
                 name = f"{PREFIX}{module.hf.format(layer=layer)}.{suffix}"
-                yield name, layer, leaves, transpose
+                yield name, layer, leaves, transpose, module
 
 
 # ----------------------------------------------------------------------------------------- reading
@@ -293,7 +295,7 @@ def _check(
     for placed in adapter.placed:
         for layer in range(config.num_layers):
             expected |= {name: shape for name, _, shape in _own(adapter, placed, layer)}
-    for name, layer, paths, transpose in _saved_tensors(adapter, config.num_layers):
+    for name, layer, paths, transpose, _ in _saved_tensors(adapter, config.num_layers):
         shapes = [
             (config.hidden_size, outputs) if path == "score/kernel" else at(base, path).shape
             for path in paths
@@ -332,7 +334,6 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
     for placed in adapter.placed:
         module, rank = placed.module, max(placed.ranks)
         assert module.inputs is not None
-        ends = np.cumsum(module.outputs)[:-1]
         shapes = {
             "lora_a": (module.inputs, rank),
             "lora_b": (rank, sum(module.outputs)),
@@ -353,17 +354,18 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
             if leaf in ("lora_a", "ia3_in"):
                 keep(f"{module.parts[0]}/{leaf}", value)
             else:
-                for part, piece in zip(module.parts, np.split(value, ends, axis=-1), strict=True):
+                pieces = module.divide(value, config.head_size)
+                for part, piece in zip(module.parts, pieces, strict=True):
                     keep(f"{part}/{leaf}", piece)
     gathered: dict[str, list[np.ndarray]] = {}
-    for name, layer, paths, transpose in _saved_tensors(adapter, layers):
+    for name, layer, paths, transpose, module in _saved_tensors(adapter, layers):
         value = whole(name)
-        value = value.T if transpose else value
-        for path, piece in zip(paths, np.split(value, len(paths), axis=-1), strict=True):
+        pieces = module.divide(value.T if transpose else value, config.head_size)
+        for path, piece in zip(paths, pieces, strict=True):
             gathered.setdefault(path, []).append(piece)
             if layer is None or layer == layers - 1:
-                pieces = gathered[path]
-                keep(path, pieces[0] if layer is None else np.stack(pieces))
+                each = gathered[path]
+                keep(path, each[0] if layer is None else np.stack(each))
     return join(tree, adapter.constants())
 
 
@@ -413,10 +415,10 @@ def save_adapter(
 
 
 def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator[OutgoingTensor]:
-    def tensor(name, shape, leaves, layer, arrange) -> OutgoingTensor:
+    def tensor(name, shape, leaves, layer, arrange, module: Module) -> OutgoingTensor:
         def values() -> np.ndarray:
             parts = [fetch(leaf) if layer is None else fetch(leaf[layer]) for leaf in leaves]
-            return np.ascontiguousarray(arrange(np.concatenate(parts, axis=-1)))
+            return np.ascontiguousarray(arrange(module.gather(parts, config.head_size)))
 
         return OutgoingTensor(name, tuple(shape), np.dtype(leaves[0].dtype), values)
 
@@ -431,13 +433,14 @@ def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator
             for name, leaf, shape in _own(adapter, placed, layer):
                 holders = parts[:1] if leaf in ("lora_a", "ia3_in") else parts
                 leaves = [at(params, part)[leaf] for part in holders]
-                yield tensor(name, shape, leaves, layer, partial(own, shape=shape, leaf=leaf))
-    for name, layer, paths, transpose in _saved_tensors(adapter, config.num_layers):
+                arrange = partial(own, shape=shape, leaf=leaf)
+                yield tensor(name, shape, leaves, layer, arrange, placed.module)
+    for name, layer, paths, transpose, module in _saved_tensors(adapter, config.num_layers):
         leaves = [at(params, path) for path in paths]
         shapes = [leaf.shape if layer is None else leaf.shape[1:] for leaf in leaves]
         shape = (*shapes[0][:-1], sum(shape[-1] for shape in shapes))
         arrange = np.transpose if transpose else np.asarray
-        yield tensor(name, shape[::-1] if transpose else shape, leaves, layer, arrange)
+        yield tensor(name, shape[::-1] if transpose else shape, leaves, layer, arrange, module)
 
 
 def _ending(module: Module, others: list[str], *, loose: bool) -> str:

@@ -211,7 +211,7 @@ def _saved(
     chosen: tuple[Module, ...],
     field: str,
 ) -> tuple[Module, ...]:
-    known = tuple(m for m in modules(config) if m.hf != "score" or "score" in heads)
+    known = tuple(m for m in modules(config) if m.parts != ("score",) or "score" in heads)
     names = (*spec.modules_to_save, *heads)
     saved = choose(names, known, f"{field}.modules_to_save") if names else ()
     for module in saved:

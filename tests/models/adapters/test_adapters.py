@@ -218,6 +218,8 @@ def test_a_folder_gives_the_same_bits_back(name, kind, tmp_path):
     own, frozen = adapter.split(whole)
     own = jax.tree.map(lambda x: x * 3, own)
     whole = join(own, frozen)
+    if keys.get("modules_to_save"):
+        np.testing.assert_array_equal(whole["final_norm"]["scale"], 3 * base["final_norm"]["scale"])
     save_adapter(tmp_path, whole, adapter, CONFIGS[name], kind="lm", base="somewhere")
     back = load_adapter(tmp_path, CONFIGS[name], base)
     assert back.adapter.same_shape(adapter)
@@ -252,3 +254,15 @@ def test_targets_are_told_as_peft_tells_them():
         chosen("gpt2", "q")
     with pytest.raises(ConfigError, match="either whole or by an adapter"):
         adapter_of(CONFIGS["llama"], modules_to_save=("q_proj",))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_parts_of_one_matrix_are_gathered_and_divided(by_head):
+    module = dataclasses.replace(projections(CONFIGS["gpt2"])[0], by_head=by_head)
+    pieces = [np.full((2, 16), n) + np.arange(16) // 4 * 10 for n in range(3)]
+    whole = module.gather(pieces, 4)
+    first = whole[0, ::4].tolist()  # of each head
+    in_order = [0, 10, 20, 30, 1, 11, 21, 31, 2, 12, 22, 32]
+    assert first == (sorted(in_order) if by_head else in_order)
+    for got, want in zip(module.divide(whole, 4), pieces, strict=True):
+        np.testing.assert_array_equal(got, want)
