@@ -34,7 +34,7 @@ From a language model and feedback to an aligned model.
   score               log-probs or rewards of given completions
   eval                perplexity, accuracy, rewards, KL and win rates, with intervals
   data show|pairs     rows as the model will see them; rankings to pairs
-  export RUN          a run as an HF folder
+  export RUN          a run as an HF folder, or its adapter as a PEFT folder
   report RUN...       one HTML page of plots, tables and samples
   chat                talk to a model in the terminal
   env                 versions, devices, commit: for bug reports
@@ -164,7 +164,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         found.add_argument("--prompts", action="append", metavar="FILE")
         found.add_argument("-n", type=int)
     if command == "export":
-        found.add_argument("--format", metavar="hf")
+        found.add_argument("--format", metavar="hf|merged|peft")
     return found
 
 

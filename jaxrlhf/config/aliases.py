@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-ADAPTERS = "adapters are not part of this version: all parameters train; leave it out"
+ADAPTERS = "say what the adapter is, e.g. model.lora.rank=16"
 
 COMMON = {
     "model_name_or_path": "model.path",
@@ -18,6 +18,11 @@ COMMON = {
     "max_prompt_length": "data.max_prompt_length",
     "completion_only_loss": "data.completion_only",
     "assistant_only_loss": "data.completion_only",
+    "lora_r": "model.adapter.rank",
+    "lora_alpha": "model.adapter.alpha",
+    "lora_dropout": "model.adapter.dropout",
+    "lora_target_modules": "model.adapter.targets",
+    "use_rslora": "model.adapter.rslora",
     "learning_rate": "optim.learning_rate",
     "weight_decay": "optim.weight_decay",
     "max_grad_norm": "optim.clip_norm",
@@ -80,10 +85,6 @@ BY_STAGE = {
 
 # Known names that mean nothing here, with what to do instead.
 REFUSED = {
-    "lora_r": ADAPTERS,
-    "lora_alpha": ADAPTERS,
-    "lora_dropout": ADAPTERS,
-    "lora_target_modules": ADAPTERS,
     "use_peft": ADAPTERS,
     "peft_config": ADAPTERS,
     "load_in_4bit": "quantized bases are not part of this version; use model.dtype=bfloat16",

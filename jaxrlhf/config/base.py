@@ -26,6 +26,7 @@ class Section(pydantic.BaseModel):
 
     model_config = pydantic.ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     shorthand: ClassVar[str | None] = None
+    synonyms: ClassVar[dict[str, str]] = {}  # other names of fields
 
     @pydantic.model_validator(mode="before")
     @classmethod
@@ -101,6 +102,7 @@ Positive = Annotated[Int, Ge(1)]
 NonNegative = Annotated[Float, Ge(0)]
 PositiveFloat = Annotated[Float, Gt(0)]
 Share = Annotated[Float, Ge(0), Le(1)]
+Rate = Annotated[Float, Ge(0), Lt(1)]
 OpenShare = Annotated[Float, Gt(0), Lt(1)]
 Counts = Annotated[list[Positive], BeforeValidator(_some_numbers)]
 Coefficients = Annotated[list[PositiveFloat], BeforeValidator(_some_numbers)]

@@ -147,6 +147,9 @@ def settle(tree: Value, section: type[Section], errors: list[str], prefix: Path_
     found: dict[str, Value] = {}
     for key, value in tree.data.items():
         name, dot, rest = key.partition(".")
+        if name in section.synonyms:
+            name = section.synonyms[name]
+            key = name + dot + rest
         if key not in shapes and dot and name in shapes:
             value = dataclasses.replace(value, data={rest: value}, text=None)
         else:

@@ -4,11 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from jaxrlhf.config.base import DType, ModelName, Positive, PositiveFloat, Section
+from jaxrlhf.config.base import (
+    DType,
+    ModelName,
+    Positive,
+    PositiveFloat,
+    Rate,
+    Section,
+    as_list,
+)
 
 
 class Architecture(Section):
@@ -48,6 +56,57 @@ class Architecture(Section):
             )
 
 
+Names = Annotated[list[str], BeforeValidator(as_list)]
+
+
+class AdapterSection(Section):
+    """Few new weights that train in the place of the model's own, which stay as they are.
+
+    lora: rank r matrices beside the model's (arXiv:2106.09685); dora: with magnitudes of their
+    own (arXiv:2402.09353); ia3: one vector each (arXiv:2205.05638). `model.lora` is short for
+    `model.adapter`.
+    """
+
+    kind: Literal["lora", "dora", "ia3"] = Field(default="lora", description="what is added")
+    rank: Positive = Field(default=16, description="lora, dora: r, the rank of what is added")
+    alpha: PositiveFloat | None = Field(
+        default=None, description="lora, dora: what is added counts alpha / r; null = 2 r"
+    )
+    targets: Names = Field(
+        default_factory=list,
+        description="projections, by our name (q) or transformers' (q_proj); all-linear = every "
+        "one but the heads; [] = that, or for ia3 k, v and down",
+    )
+    dropout: Rate = Field(
+        default=0.0, description="lora, dora: share of their inputs left out while training"
+    )
+    rslora: bool = Field(
+        default=False, description="lora, dora: alpha / sqrt(r) instead (arXiv:2312.03732)"
+    )
+    rank_pattern: dict[str, Positive] = Field(
+        default_factory=dict,
+        description="other ranks, by name or regular expression, e.g. {o: 4, 'layers.0.*': 8}",
+    )
+    alpha_pattern: dict[str, PositiveFloat] = Field(
+        default_factory=dict, description="other values of alpha, likewise"
+    )
+    modules_to_save: Names = Field(
+        default_factory=list,
+        description="modules that train whole beside it; new heads always do",
+    )
+
+    def contradictions(self) -> Iterator[str]:
+        if self.kind == "ia3":
+            for key in ("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern"):
+                if key in self.model_fields_set and getattr(self, key) != self.default_of(key):
+                    yield f"{key} is of lora and dora: (IA)3 is one vector; leave it out"
+
+    @classmethod
+    def default_of(cls, key: str) -> object:
+        """The default of a key."""
+        return cls.model_fields[key].get_default(call_default_factory=True)
+
+
 class ModelSection(Section):
     """`model: PATH` is short for `model.path: PATH`."""
 
@@ -56,6 +115,11 @@ class ModelSection(Section):
     path: ModelName | None = Field(
         default=None,
         description="a run directory (its best or last checkpoint), an HF folder or hub name",
+    )
+    base: ModelName | None = Field(
+        default=None,
+        description="where path is an adapter: its base; null = the one its adapter_config.json "
+        "names",
     )
     tokenizer: ModelName | None = Field(
         default=None, description="a folder or hub name; null = the one beside the model"
@@ -82,7 +146,17 @@ class ModelSection(Section):
     )
 
 
-class FreshModelSection(ModelSection):
+class TrainedModelSection(ModelSection):
+    """As above, and what of it trains."""
+
+    synonyms: ClassVar[dict[str, str]] = {"lora": "adapter"}
+
+    adapter: AdapterSection | None = Field(
+        default=None, description="train an adapter; null = all parameters train"
+    )
+
+
+class FreshModelSection(TrainedModelSection):
     """As above, or a new model (`init`) instead of a path."""
 
     init: Architecture | None = Field(
@@ -92,3 +166,5 @@ class FreshModelSection(ModelSection):
     def contradictions(self) -> Iterator[str]:
         if self.path is not None and self.init is not None:
             yield "path and init are both given: either load a model or start a new one"
+        if self.init is not None and self.adapter is not None:
+            yield "adapter changes a trained model, and init is a fresh one: leave one of them out"

@@ -25,7 +25,12 @@ from jaxrlhf.config.data import DataSection, Source, Sources, TextDataSection
 from jaxrlhf.config.evaluation import EvaluationSection
 from jaxrlhf.config.loss import LMLossSection, PreferenceLossSection, RewardLossSection
 from jaxrlhf.config.mesh import Mesh
-from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
+from jaxrlhf.config.model import (
+    Architecture,
+    FreshModelSection,
+    ModelSection,
+    TrainedModelSection,
+)
 from jaxrlhf.config.optim import OptimSection
 from jaxrlhf.config.reward import Rewards
 from jaxrlhf.config.rl import RLSection
@@ -71,7 +76,7 @@ class TrainingConfig(StageConfig):
 
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL, "data.train": TRAIN_ROWS}
 
-    model: ModelSection = ModelSection()
+    model: TrainedModelSection = TrainedModelSection()
     data: DataSection = DataSection()
     mesh: Mesh = Mesh()
     train: TrainSection = TrainSection()
@@ -83,6 +88,11 @@ class TrainingConfig(StageConfig):
 
     def contradictions(self) -> Iterator[str]:
         yield from super().contradictions()
+        if self.train.only and self.model.adapter is not None:
+            yield (
+                f"train.only = {self.train.only} trains parameters of the model, model.adapter "
+                "others beside them: give one (model.adapter.modules_to_save trains both)"
+            )
         watched = self.train.eval_every is not None or self.train.keep_best is not None
         if watched and not self.data.holds_out:
             key = "keep_best" if self.train.keep_best is not None else "eval_every"
@@ -161,6 +171,12 @@ class PPOConfig(TrainingConfig):
             self.rl.minibatches,
             self.rl.samples_per_prompt,
         )
+        if self.model.adapter is not None and self.model.adapter.dropout:
+            yield (
+                f"model.adapter.dropout = {self.model.adapter.dropout}: ppo compares the log-probs "
+                "of the policy it updates with those of the same policy that sampled, which "
+                "dropout would make another one; leave it out"
+            )
         if self.train.epochs is not None:
             yield (f"train.epochs = {self.train.epochs}: ppo counts iterations, train.steps")
         if episodes is not None and episodes % parts:
@@ -337,8 +353,10 @@ class ExportConfig(StageConfig):
     summary: ClassVar[str] = "a run as an HF folder"
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
     model: ModelSection = ModelSection()
-    format: Literal["hf"] = Field(
-        default="hf", description="hf: config.json, safetensors, tokenizer, card"
+    format: Literal["hf", "merged", "peft"] = Field(
+        default="hf",
+        description="hf: config.json, safetensors, tokenizer, an adapter merged into them; "
+        "merged: the same, of an adapter only; peft: the adapter alone",
     )
     output: PathName | None = Field(
         default=None, description="the folder; null = export/ in the run"

@@ -8,9 +8,17 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import pydantic
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
-from jaxrlhf.config.base import FREE, GROW, OpenShare, Positive, PositiveFloat, Section
+from jaxrlhf.config.base import (
+    FREE,
+    GROW,
+    OpenShare,
+    Positive,
+    PositiveFloat,
+    Section,
+    as_list,
+)
 from jaxrlhf.errors import ConfigError
 
 
@@ -69,6 +77,11 @@ class TrainSection(Section):
     )
     best_is: Annotated[Literal["max", "min"], FREE] = Field(
         default="max", description="whether a larger or a smaller keep_best is better"
+    )
+    only: Annotated[list[str], BeforeValidator(as_list)] = Field(
+        default_factory=list,
+        description="what trains of the model's own parameters: last N (layers), heads, regular "
+        "expressions on their paths (layers/mlp, embed); [] = all",
     )
     ema_decay: OpenShare | None = Field(
         default=None, description="keep a moving average of the weights with this decay per step"

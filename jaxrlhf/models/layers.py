@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters import apply as adapters
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.products import multiply
 from jaxrlhf.ops.placement import place
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -25,24 +27,18 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., in] times kernel [in, out] in x's dtype, accumulated in float32 at least."""
-    accumulate = jnp.promote_types(x.dtype, jnp.float32)
-    y = jax.lax.dot_general(
-        x,
-        kernel.astype(x.dtype),
-        (((x.ndim - 1,), (0,)), ((), ())),
-        preferred_element_type=accumulate,
-    )
-    return y.astype(x.dtype)
-
-
-def apply_weights(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    """One projection, whatever its leaves are: [..., in] to [..., out]."""
+def apply_base(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """One projection without its adapters: [..., in] to [..., out]."""
     y = multiply(x, leaves["kernel"])
     if "bias" in leaves:
         y += leaves["bias"].astype(y.dtype)
     return y
+
+
+def apply_weights(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """One projection, whatever its leaves are: [..., in] to [..., out]."""
+    x = adapters.adapt_input(x, leaves)
+    return adapters.adapt(x, apply_base(leaves, x), leaves)
 
 
 def fuse_weights(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array] | None:
@@ -84,6 +80,9 @@ class Dense(nn.Module):
         if self.use_bias:
             zeros = nn.initializers.zeros
             leaves["bias"] = declare(self, "bias", zeros, self.axes[1:], shape[1:], dtype)
+        for name in adapters.NAMES:  # found, never declared: a fresh model has none
+            if self.has_variable("params", name):
+                leaves[name] = self.get_variable("params", name)
         return leaves
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -91,13 +90,18 @@ class Dense(nn.Module):
 
 
 def project(x: jax.Array, parts: Sequence[Dense], fuse: bool) -> list[jax.Array]:
-    """Several projections of the same x, as one product if `fuse` and their leaves allow."""
-    if fuse and len(parts) > 1:
-        leaves = fuse_weights([part.weights(x.shape[-1]) for part in parts])
+    """Several projections of the same x: their bases as one product if `fuse` and their leaves
+    allow, then each with its own adapters, so that an adapter of zeros changes no bit."""
+    each = [part.weights(x.shape[-1]) for part in parts]
+    each = [adapters.borrow(leaves, each[0]) for leaves in each]
+    if fuse and len(parts) > 1 and not any("ia3_in" in leaves for leaves in each):
+        bare = [{k: v for k, v in part.items() if k not in adapters.NAMES} for part in each]
+        leaves = fuse_weights(bare)
         if leaves is not None:
             ends = np.cumsum([part.features for part in parts])[:-1]
-            return jnp.split(apply_weights(leaves, x), ends, axis=-1)
-    return [part(x) for part in parts]
+            outputs = jnp.split(apply_base(leaves, x), ends, axis=-1)
+            return [adapters.adapt(x, y, own) for y, own in zip(outputs, each, strict=True)]
+    return [apply_weights(leaves, x) for leaves in each]
 
 
 class Norm(nn.Module):

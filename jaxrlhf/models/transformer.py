@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters.merging import merge
 from jaxrlhf.models.attention import Attention, LayerCache
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.experts import Experts, Routing
@@ -383,8 +384,8 @@ def hidden_states_and_routing(
 def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Params:
     """Parameters for a decode loop: `layers` as a tuple of per-layer trees, in runtime.dtype.
 
-    q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once, before the loop; every
-    function here takes either form. Norms and biases keep their dtype.
+    Adapters are merged; q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once,
+    before the loop; every function here takes either form. Norms and biases keep their dtype.
     """
     if isinstance(params["layers"], (tuple, list)):
         return params
@@ -403,7 +404,7 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
 
     layers = []
     for index in range(config.num_layers):
-        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        layer = merge(jax.tree.map(lambda leaf: leaf[index], params["layers"]))  # noqa: B023
         layer = jax.tree_util.tree_map_with_path(computed, layer)
         layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
         if "mlp" in layer:

@@ -7,6 +7,7 @@ sharding, so that the host never holds more than what it must keep and one leaf.
 opened. Writing gives a folder that transformers loads; reading it again gives the same bits.
 """
 
+import hashlib
 import itertools
 import json
 import math
@@ -69,12 +70,12 @@ class LoadedModel:
     generation_config: dict[str, Any]
 
 
-def _listed(problems: list[str], limit: int = 8) -> str:
+def listed(problems: list[str], limit: int = 8) -> str:
     more = f"\n  ... and {len(problems) - limit} more" if len(problems) > limit else ""
     return "".join(f"\n  {problem}" for problem in problems[:limit]) + more
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
@@ -90,7 +91,7 @@ def read_hf_config(folder: str | os.PathLike) -> dict[str, Any]:
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder")
     if (folder / "config.json").is_file():
-        return _read_json(folder / "config.json")
+        return read_json(folder / "config.json")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(f"{folder} is a PEFT adapter, not a model: name its base model")
     names = sorted(path.name for path in folder.iterdir())
@@ -108,19 +109,20 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-class _Files:
+class TensorFiles:
     """The tensors of a folder: checked headers, then slices on demand (memory-mapped)."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, single: str = SINGLE, index: str = INDEX):
         self.folder = folder
+        self.single, self.index = single, index
         self.paths: dict[str, Path] = {}  # tensor -> file
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, np.dtype] = {}
         self._open: dict[Path, Any] = {}
-        if (folder / SINGLE).is_file():
-            self._add(folder / SINGLE)
-        elif (folder / INDEX).is_file():
-            self._add_indexed(_read_json(folder / INDEX))
+        if (folder / single).is_file():
+            self._add(folder / single)
+        elif (folder / index).is_file():
+            self._add_indexed(read_json(folder / index))
         else:
             self._refuse()
 
@@ -134,10 +136,10 @@ class _Files:
                 "and is never opened: load it with transformers where you trust it, and save it "
                 "again with save_pretrained(folder, safe_serialization=True)"
             )
-        raise ModelError(f"{self.folder} holds neither {SINGLE} nor {INDEX}")
+        raise ModelError(f"{self.folder} holds neither {self.single} nor {self.index}")
 
     def _add_indexed(self, index: dict[str, Any]):
-        where = self.folder / INDEX
+        where = self.folder / self.index
         names = index.get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
             raise ModelError(f"{where}: weight_map is missing or not an object of file names")
@@ -159,7 +161,7 @@ class _Files:
             if name not in names
         ]
         if wrong:
-            raise ModelError(f"{where} does not fit its files:{_listed(wrong)}")
+            raise ModelError(f"{where} does not fit its files:{listed(wrong)}")
 
     def _add(self, path: Path):
         try:
@@ -204,9 +206,36 @@ class _Files:
                 )
         return part
 
+    def metadata(self) -> dict[str, str]:
+        """What the files' headers say beside tensors."""
+        found: dict[str, str] = {}
+        for opened in self._open.values():
+            found |= opened.metadata() or {}
+        return found
+
+    def digest(self) -> str:
+        """SHA-256 over the sorted (name, dtype, shape, bytes) of all tensors, however they are
+        spread over files; one tensor is held at a time."""
+        total = hashlib.sha256()
+        for name in sorted(self.paths):
+            shape, dtype = self.shapes[name], self.dtypes[name]
+            total.update(f"{name}\0{dtype.name}\0{','.join(map(str, shape))}\0".encode())
+            values = self.read(name, tuple(slice(0, size) for size in shape))
+            total.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
+        return total.hexdigest()
+
     def close(self):
         for opened in self._open.values():
             opened.__exit__(None, None, None)
+
+
+def weights_digest(folder: str | os.PathLike) -> str:
+    """The digest of the weights of a model folder (see TensorFiles.digest)."""
+    files = TensorFiles(Path(folder))
+    try:
+        return files.digest()
+    finally:
+        files.close()
 
 
 def _get(tree: Mapping[str, Any], path: str) -> Any:
@@ -258,7 +287,7 @@ def _stored(tensor: Tensor, leaves: list[tuple]) -> dict[str, tuple]:
     return {_name(tensor, each): shape for each in numbers}
 
 
-def _names_in_file(files: _Files, config: ModelConfig) -> dict[str, str]:
+def _names_in_file(files: TensorFiles, config: ModelConfig) -> dict[str, str]:
     """Our names of the file's tensors to the names there, which may lack the family's prefix."""
     family = FAMILIES[config.family]
     known = {tensor.hf.split("{layer}")[0] for tensor in family.tensors}
@@ -278,7 +307,7 @@ def _names_in_file(files: _Files, config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _kind_of(hf: Mapping[str, Any], files: _Files, where: Path) -> str:
+def _kind_of(hf: Mapping[str, Any], files: TensorFiles, where: Path) -> str:
     given = hf.get("architectures") or []
     family = FAMILIES[hf["model_type"]]
     for kind, name in family.architectures.items():
@@ -290,7 +319,7 @@ def _kind_of(hf: Mapping[str, Any], files: _Files, where: Path) -> str:
     return "reward" if "score.weight" in files.paths else "lm"
 
 
-def _check(files: _Files, names: dict[str, str], expected: dict[str, tuple], where: Path):
+def _check(files: TensorFiles, names: dict[str, str], expected: dict[str, tuple], where: Path):
     problems = [
         f"missing: {name} {list(shape)}" for name, shape in expected.items() if name not in names
     ]
@@ -305,11 +334,11 @@ def _check(files: _Files, names: dict[str, str], expected: dict[str, tuple], whe
         if name not in expected
     ]
     if problems:
-        raise ModelError(f"the weights of {where} do not fit its config.json:{_listed(problems)}")
+        raise ModelError(f"the weights of {where} do not fit its config.json:{listed(problems)}")
 
 
 def _leaf_reader(
-    files: _Files,
+    files: TensorFiles,
     names: Mapping[str, str],
     tensor: Tensor,
     part: int,
@@ -395,7 +424,7 @@ def load_hf(
     hf = read_hf_config(folder)
     where = folder / "config.json"
     config = config_from_hf(hf, str(where))
-    files = _Files(folder)
+    files = TensorFiles(folder)
     try:
         found = _kind_of(hf, files, where)
         if kind not in (None, *KINDS):
@@ -428,11 +457,13 @@ def load_hf(
     finally:
         files.close()
     generation = folder / "generation_config.json"
-    more = _read_json(generation) if generation.is_file() else {}
+    more = read_json(generation) if generation.is_file() else {}
     return LoadedModel(params, config, found, hf, more)
 
 
-def _drop_tied_copy(files: _Files, names: dict[str, str], config: ModelConfig, kind: str, folder):
+def _drop_tied_copy(
+    files: TensorFiles, names: dict[str, str], config: ModelConfig, kind: str, folder
+):
     """A tied model may carry its head twice; the copy must be one."""
     tensors = FAMILIES[config.family].tensors
     head = next(t.hf for t in tensors if t.leaves == ("lm_head/kernel",))
@@ -455,7 +486,7 @@ def _drop_tied_copy(files: _Files, names: dict[str, str], config: ModelConfig, k
     del names[head]
 
 
-def _fetch(leaf) -> np.ndarray:
+def fetch(leaf) -> np.ndarray:
     """An array on the host; every process must call this for arrays spread over processes."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         from jax.experimental import multihost_utils
@@ -465,7 +496,9 @@ def _fetch(leaf) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class _Out:
+class OutgoingTensor:
+    """A tensor to be written; its values are asked for when their turn comes."""
+
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -476,7 +509,7 @@ class _Out:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterator[_Out]:
+def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterator[OutgoingTensor]:
     """The tensors of the file in the family's order; a leaf is fetched once for all its layers."""
     for tensor, leaves in _layout(config, params):
         as_dtype = np.dtype(jnp.dtype(dtype)) if dtype else np.dtype(leaves[0][1].dtype)
@@ -487,7 +520,7 @@ def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterato
 
         def values(at, *, tensor=tensor, leaves=leaves, dt=as_dtype, held=held, last=last):
             if not held:
-                held.extend(_fetch(leaf) for _, leaf in leaves)
+                held.extend(fetch(leaf) for _, leaf in leaves)
             parts = [leaf[at] for leaf in held]
             if at == last:
                 held.clear()
@@ -496,7 +529,7 @@ def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterato
             return np.ascontiguousarray(whole.astype(dt, copy=False))
 
         for at, (name, shape) in zip(numbers, stored, strict=True):
-            yield _Out(name, shape, as_dtype, partial(values, at))
+            yield OutgoingTensor(name, shape, as_dtype, partial(values, at))
 
 
 def _joined(parts: list[np.ndarray], head: int | None) -> np.ndarray:
@@ -510,9 +543,14 @@ def _joined(parts: list[np.ndarray], head: int | None) -> np.ndarray:
     return whole.reshape(*whole.shape[:-3], -1)
 
 
-def _write_safetensors(path: Path, tensors: list[_Out], writer: bool) -> None:
+def write_safetensors(
+    path: Path,
+    tensors: list[OutgoingTensor],
+    writer: bool,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """One file, tensor after tensor: the host holds one at a time."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     start = 0
     for out in tensors:
         header[out.name] = {
@@ -543,14 +581,14 @@ def _write_safetensors(path: Path, tensors: list[_Out], writer: bool) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _write_text(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    _write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def _pad_of_reward(pad: int | None, config: ModelConfig, hf: Mapping[str, Any]) -> int:
@@ -646,10 +684,10 @@ def save_hf(
                 generation = {"_from_model_config": True, **ids}
                 if generation_config is not None:
                     generation = dict(generation_config)
-                _write_json(folder / "generation_config.json", generation)
+                write_json(folder / "generation_config.json", generation)
             if model_card is not None:
-                _write_text(folder / "README.md", model_card)
-            _write_json(folder / "config.json", written)
+                write_text(folder / "README.md", model_card)
+            write_json(folder / "config.json", written)
     except OSError as error:
         raise ModelError(f"{folder} cannot be written: {error}") from error
 
@@ -674,11 +712,11 @@ def _same_tree(kept: Params, params: Params, wanted: Params) -> None:
         if path in have and have[path] != want[path]
     ]
     if problems:
-        raise ModelError(f"the parameters do not fit the config:{_listed(problems)}")
+        raise ModelError(f"the parameters do not fit the config:{listed(problems)}")
 
 
-def _write_all(folder: Path, tensors: list[_Out], limit: int, writer: bool) -> None:
-    groups: list[list[_Out]] = [[]]
+def _write_all(folder: Path, tensors: list[OutgoingTensor], limit: int, writer: bool) -> None:
+    groups: list[list[OutgoingTensor]] = [[]]
     for out in tensors:
         if groups[-1] and sum(o.size for o in groups[-1]) + out.size > limit:
             groups.append([])
@@ -691,10 +729,10 @@ def _write_all(folder: Path, tensors: list[_Out], limit: int, writer: bool) -> N
         for stale in (*folder.glob("model*.safetensors"), folder / INDEX, folder / "config.json"):
             stale.unlink(missing_ok=True)
     for name, group in zip(names, groups, strict=True):
-        _write_safetensors(folder / name, group, writer)
+        write_safetensors(folder / name, group, writer)
     if writer and count > 1:
         weight_map = {
             out.name: name for name, group in zip(names, groups, strict=True) for out in group
         }
         total = {"total_size": sum(out.size for out in tensors)}
-        _write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})
+        write_json(folder / INDEX, {"metadata": total, "weight_map": weight_map})

@@ -21,18 +21,21 @@ def model_card(
 ) -> str:
     """README.md of the exported folder: what it is, how it was made, how to use it."""
     reward = recipe.kind == "reward"
-    front = ["---", "library_name: transformers", "tags:", "- jaxrlhf", f"- {command}", "---"]
+    adapted = recipe.adapted
+    library = "transformers" if adapted is None else "peft"
+    front = ["---", f"library_name: {library}", "tags:", "- jaxrlhf", f"- {command}", "---"]
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     lines = [
         *front,
-        f"# {'Reward model' if reward else 'Language model'}, trained with jaxrlhf",
+        f"# {'Reward model' if reward else 'Language model'}"
+        f"{'' if adapted is None else ' (adapter)'}, trained with jaxrlhf",
         "",
         f"Method: {METHODS[command]}. Starting point: `{_origin(config)}`.",
         "",
         "```python",
         f"from transformers import AutoTokenizer, {auto}",
         "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        f"model = {auto}.from_pretrained(folder)",
+        *_loading(auto, recipe),
         "```",
         "",
     ]
@@ -50,6 +53,21 @@ def model_card(
     told = config.model_copy(update={"output_dir": None})  # where it ran is nobody's business
     lines += ["", "## Settings", "", "```yaml", to_yaml(told).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def _loading(auto: str, recipe: Recipe) -> list[str]:
+    """The lines that load the model."""
+    if recipe.adapted is None:
+        return [f"model = {auto}.from_pretrained(folder)"]
+    labels = ", num_labels=1" if recipe.kind == "reward" else ""
+    lines = [
+        "from peft import PeftModel",
+        f"base = {auto}.from_pretrained({recipe.adapted.named()!r}{labels})",
+        "model = PeftModel.from_pretrained(base, folder)",
+    ]
+    if recipe.kind == "reward":  # the base's config knows nothing of it
+        lines.append(f"model.config.pad_token_id = {recipe.pad_token_id}")
+    return lines
 
 
 def _origin(config: TrainingConfig) -> str:

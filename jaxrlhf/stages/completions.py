@@ -209,7 +209,7 @@ def _function_scorer(term: RewardTerm) -> Scorer:
 
 
 def _model_scorer(source: str, section: ModelSection, model: Model, mesh: Mesh) -> Scorer:
-    judge = open_model(section, mesh, path=source, kind="reward", frozen=True)
+    judge = open_model(section, mesh, path=source, kind="reward", frozen=True, share=model)
     check_fits(
         "the policy",
         tokenizer_digest(model.tokenizer),

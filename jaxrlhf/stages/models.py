@@ -16,16 +16,50 @@ from jax.sharding import Mesh
 from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
 from jaxrlhf.data.tokenizer import check_vocabulary, is_path, load_tokenizer
 from jaxrlhf.errors import ModelError
+from jaxrlhf.models.adapters.only import Only
+from jaxrlhf.models.adapters.peft import (
+    adapter_of,
+    is_adapter,
+    load_adapter,
+    read_adapter_config,
+)
+from jaxrlhf.models.adapters.spec import Adapter, with_adapter_axes
+from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
-from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config
+from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config, weights_digest
 from jaxrlhf.parallel.rules import shardings
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.types import Params
 
 Kind = Literal["lm", "reward"]
 UNROLLED_LAYERS = 8  # up to this depth unrolling is faster and compiles quickly enough
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """How a model stands on a base: which adapter, and the base's own tree (the same arrays).
+
+    `base` is what the user wrote, `home` the HF folder of its weights, if they are from one;
+    `fresh` where the adapter is new and changes nothing yet.
+    """
+
+    adapter: Adapter
+    base: str
+    home: Path | None
+    params: Params
+    fresh: bool = False
+
+    def named(self) -> str:
+        """How adapter_config.json names the base: a folder here, or a hub name."""
+        if not is_path(self.base):
+            return self.base
+        return str((self.home or Path(self.base).expanduser()).absolute())
+
+    def content(self) -> str | None:
+        """The digest of the base's weights, where they lie in a folder."""
+        return None if self.home is None else weights_digest(self.home)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +77,9 @@ class Model:
     source: str
     hf_config: dict[str, Any]
     stop_ids: tuple[int, ...]
+    home: Path | None = None  # the HF folder the weights are from, if they are from one
+    adapted: Adapted | None = None
+    only: Only | None = None  # which of its own parameters train; None = all
 
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
@@ -54,7 +91,7 @@ def axes_of(params: Params, config: ModelConfig) -> Params:
     heads = ("lm", *(name for name in ("score", "value") if name in params))
     outputs = params["score"]["kernel"].shape[-1] if "score" in params else 1
     named = logical_axes(config, heads=heads, num_outputs=outputs)
-    return {key: value for key, value in named.items() if key in params}
+    return with_adapter_axes({key: v for key, v in named.items() if key in params}, params)
 
 
 def make_runtime(section: ModelSection, config: ModelConfig, mesh: Mesh) -> Runtime:
@@ -116,6 +153,7 @@ def open_model(
     kind: Kind | None = None,
     key: jax.Array | None = None,
     frozen: bool = False,
+    share: Model | None = None,
 ) -> Model:
     """The model of a configuration, on the mesh.
 
@@ -125,6 +163,7 @@ def open_model(
         kind: "lm" or "reward" where only that will do.
         key: for fresh weights (`section.init`).
         frozen: store it in the dtype it is computed in, since it will not train.
+        share: a model whose base's arrays are used again where this is an adapter of the same.
 
     Raises:
         ModelError: nothing there, of another kind, damaged, or of an unsupported family.
@@ -134,8 +173,15 @@ def open_model(
     if source is None:
         return _fresh(section, mesh, key, dtype)
     folder, run = _resolve(source)
-    if run is None or (run / "export" / "config.json").is_file():
-        home = folder if run is None else run / "export"
+    exported = run is not None and is_model(run / "export")
+    found_home = run / "export" if run is not None and exported else folder
+    weights_home: Path | None = None
+    if is_adapter(found_home):
+        return _open_adapter(section, mesh, source, found_home, kind, path is None, share)
+    if run is not None and not exported and (adapter := _adapter_of_checkpoint(run)):
+        return _resumable_adapter(section, mesh, source, run, adapter, kind, path is None, share)
+    if run is None or exported:
+        home = weights_home = found_home
         hf = read_hf_config(home)
         config = config_from_hf(hf, str(home / "config.json"))
         # How wide a score head is does not matter to where it lives.
@@ -166,7 +212,136 @@ def open_model(
         source=source,
         hf_config=hf,
         stop_ids=_ids(ends, tokenizer),
+        home=weights_home,
     )
+
+
+def _base_of(
+    section: ModelSection,
+    mesh: Mesh,
+    source: str,
+    named: str | None,
+    own: bool,
+    share: Model | None,
+) -> Model:
+    """The base that an adapter stands on, opened or shared."""
+    base = section.base if own and section.base is not None else named
+    if not base:
+        raise ModelError(
+            f"{source} is an adapter and names no base (base_model_name_or_path): give model.base"
+        )
+    theirs = share.adapted if share is not None else None
+    if share is not None and theirs is not None and _same_place(base, theirs):
+        return dataclasses.replace(
+            share, params=theirs.params, adapted=None, home=theirs.home, source=theirs.base
+        )
+    try:
+        model = open_model(section, mesh, path=base, frozen=True)
+    except ModelError as error:
+        raise ModelError(
+            f"{source} is an adapter of {base}, which cannot be opened: {error}. If it lies "
+            "elsewhere, give model.base"
+        ) from error
+    if model.adapted is not None:
+        raise ModelError(f"{source} is an adapter of {base}, which is an adapter too: merge it")
+    return model
+
+
+def _same_place(place: str, adapted: Adapted) -> bool:
+    if not is_path(place):
+        return place == adapted.base
+    folder = Path(place).expanduser().resolve()
+    mine = (adapted.home, Path(adapted.base).expanduser() if is_path(adapted.base) else None)
+    return any(path is not None and path.resolve() == folder for path in mine)
+
+
+def _open_adapter(
+    section: ModelSection,
+    mesh: Mesh,
+    source: str,
+    home: Path,
+    kind: Kind | None,
+    own: bool,
+    share: Model | None,
+) -> Model:
+    """A PEFT folder: its base, with the adapter's leaves beside it."""
+    named = read_adapter_config(home).get("base_model_name_or_path")
+    base = _base_of(section, mesh, source, named, own, share)
+    loaded = load_adapter(home, base.config, base.params, kind=kind, dtype=section.dtype)
+    adapted = Adapted(loaded.adapter, base.source, base.home, base.params)
+    content = adapted.content() if loaded.base_content else None
+    if content is not None and content != loaded.base_content:
+        raise ModelError(
+            f"{source} was trained on other weights than those in {base.home}: their digest is "
+            f"{content[:12]}, that of its base {str(loaded.base_content)[:12]}; give its own base "
+            "as model.base"
+        )
+    return _on_base(section, mesh, source, base, adapted, loaded.leaves, loaded.kind, home, own)
+
+
+def _resumable_adapter(
+    section: ModelSection,
+    mesh: Mesh,
+    source: str,
+    run: Path,
+    said: dict[str, Any],
+    kind: Kind | None,
+    own: bool,
+    share: Model | None,
+) -> Model:
+    """The adapter of a run that has not been exported yet, from its newest checkpoint."""
+    named = said["base_model_name_or_path"]
+    base = _base_of(section, mesh, source, named, own, share)
+    trained, config, found, _ = _from_checkpoint(run, section.dtype)
+    if kind is not None and found != kind:
+        raise ModelError(f"{source} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
+    adapter = adapter_of(said, config, found, str(run))
+    trained = {key: value for key, value in trained.items() if key != "value"}
+    adapted = Adapted(adapter, base.source, base.home, base.params)
+    leaves = join(trained, adapter.constants())
+    return _on_base(section, mesh, source, base, adapted, leaves, found, run / "tokenizer", own)
+
+
+def _on_base(
+    section: ModelSection,
+    mesh: Mesh,
+    source: str,
+    base: Model,
+    adapted: Adapted,
+    leaves: Params,
+    kind: str,
+    home: Path,
+    own: bool,
+) -> Model:
+    under = base.params if kind == "lm" else trunk(base.params)
+    params = adapted.adapter.on(under, leaves)
+    where = param_shardings(params, base.config, mesh)
+    given = section.tokenizer if own else None
+    beside = any((home / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer = load_tokenizer(given or home) if given or beside else base.tokenizer
+    check_vocabulary(tokenizer, base.config.vocab_size)
+    assert kind in ("lm", "reward")
+    return dataclasses.replace(
+        base,
+        params=jax.device_put(params, where),
+        kind=kind,
+        tokenizer=tokenizer,
+        source=source,
+        adapted=adapted,
+    )
+
+
+def _adapter_of_checkpoint(run: Path) -> dict[str, Any] | None:
+    """What an unfinished run says of its adapter; None where all its parameters train."""
+    checkpoints = Checkpoints(run)
+    step = checkpoints.best()
+    step = checkpoints.latest() if step is None else step
+    return None if step is None else checkpoints.read_meta(step).get("adapter")
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
 
 
 def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str) -> Model:
@@ -195,7 +370,7 @@ def _ids(ends: int | list[int] | None, tokenizer: Any) -> tuple[int, ...]:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is the directory of a run."""
-    return (folder / "config.yaml").is_file() and not (folder / "config.json").is_file()
+    return (folder / "config.yaml").is_file() and not is_model(folder)
 
 
 def _resolve(source: str) -> tuple[Path, Path | None]:
@@ -224,6 +399,11 @@ def _from_checkpoint(run: Path, dtype: str) -> tuple[Params, ModelConfig, str, d
     checkpoints = Checkpoints(run)
     params, step = checkpoints.restore_params(step=checkpoints.best())
     meta = checkpoints.read_meta(step)
+    if "frozen" in meta and "adapter" not in meta:
+        raise ModelError(
+            f"{run} trains some of its model's parameters (train.only) and is not finished: its "
+            "checkpoints hold only those. Call its command again to finish it"
+        )
     for name in meta["exported"]:
         params = params[name]
     params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

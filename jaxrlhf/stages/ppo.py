@@ -5,14 +5,16 @@
             -> scores  = judge(rollout)                       reward models, functions, or both
             -> exp     = build_experience(rollout, scores, old_logprobs, ref_logprobs, values)
             -> for batch in minibatches(exp, key):
-                   state, metrics = train_step(state, {}, batch, key)
+                   state, metrics = train_step(state, frozen, batch, key)
 
 One unit of the loop is one iteration of these arrows. Its keys are functions of (seed, step), so an
 iteration that is killed in the middle is repeated exactly. The update never sees a reference or a
 reward model: what they say arrives as arrays. Actor and critic are one tree of parameters; with
-rl.critic = shared the value head stands on the actor's own trunk.
+rl.critic = shared the value head stands on the actor's own trunk. With adapters, actor, critic,
+reference and reward models on one base read the same frozen arrays.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -30,6 +32,8 @@ from jaxrlhf.data.tokenizer import decode_continuation
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation.text_metrics import describe_completions
 from jaxrlhf.losses.policy import POLICY_LOSSES, clipped_value, entropy_bonus
+from jaxrlhf.models.adapters.only import Only, parse_only
+from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.rows import head_exact_kl, head_logprobs, head_values, row_hidden
 from jaxrlhf.ops.advantages import ESTIMATORS
 from jaxrlhf.ops.masking import keep, masked_sum, weighted_sum
@@ -40,6 +44,13 @@ from jaxrlhf.parallel.rules import batch_sharding, put_batch, replicated
 from jaxrlhf.rl.experience import build_experience, minibatches, needs_values
 from jaxrlhf.rl.rollout import roll_out
 from jaxrlhf.rl.score import in_minibatches
+from jaxrlhf.stages.adapted import (
+    critic_of,
+    halves,
+    merged,
+    open_trained,
+    reference_params,
+)
 from jaxrlhf.stages.completions import (
     Completions,
     Judge,
@@ -64,17 +75,26 @@ Metrics = dict[str, tuple[Any, Any]]
 def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """The arrows above, made of settings."""
     config = exactly_repeatable(config, mesh)
-    policy = open_model(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    policy = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
     reference = reference_of(config, policy, mesh)
     judge = make_judge(config.reward, config.model, policy, mesh)
     gold = make_judge(config.gold, config.model, policy, mesh)
     actor, critic = make_actor_critic(config, policy, mesh, jax.random.fold_in(key, 1))
-    params = {"actor": actor} | ({"critic": critic.params} if critic is not None else {})
+    trained, frozen = divided(policy, actor, critic)
     axes = {"actor": axes_of(actor, policy.config)}
     if critic is not None:
         axes["critic"] = axes_of(critic.params, critic.config)
     # The state will donate its buffers: what stays frozen must be a copy of its own.
-    ref_params = copy_params(reference.params) if reference is policy else reference.params
+    ref_params = reference.params
+    if reference is policy:
+        adapted = policy.adapted is not None
+        ref_params = reference_params(policy) if adapted else copy_params(policy.params)
     reference = Model(**{**vars(reference), "params": ref_params})
 
     new_tokens = config.sampling.max_new_tokens
@@ -106,8 +126,9 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
             sampling_key, update_key = jax.random.split(jax.random.fold_in(key, step + 2))
             batch = batches.batch_at(step)
+            params = join(state.params, frozen)
             rollout = sampler(
-                state.params["actor"],
+                params["actor"],
                 prompt_tokens=put_batch(batch.tokens, mesh),
                 prompt_lengths=put_batch(batch.lengths, mesh),
                 key=sampling_key,
@@ -118,14 +139,15 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
             total = judge.total(scores)
             crash_point("scores", step)
             exp, metrics = experience(
-                state.params, reference.params, rollout, put_batch(total, mesh), kl_coef
+                params, reference.params, rollout, put_batch(total, mesh), kl_coef
             )
+            del params  # the step donates them
             found: Metrics = dict(metrics)
             for epoch in range(config.rl.epochs):
                 epoch_key = jax.random.fold_in(update_key, epoch)
                 for i, rows in enumerate(shuffled(exp, epoch_key)):
                     state, step_metrics = train_step(
-                        state, {}, rows, jax.random.fold_in(epoch_key, i)
+                        state, frozen, rows, jax.random.fold_in(epoch_key, i)
                     )
                     if epoch == i == 0:
                         found["ratio/first_off"] = step_metrics["ratio/off"]
@@ -147,7 +169,9 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     return Recipe(
         kind="lm",
         architecture=policy.config,
-        params=params,
+        params=trained,
+        frozen=frozen,
+        adapted=policy.adapted,
         axes=axes,
         loss_fn=make_loss(config, policy, critic),
         steps=config.train.steps or 0,
@@ -215,16 +239,45 @@ def make_actor_critic(
         return policy.params, None
     if config.rl.critic == "shared":
         return {**policy.params, "value": new_head(policy, "value", key)}, None
+    adapter = config.model.adapter is not None
+    if config.rl.critic == "policy" and adapter:
+        model, params = critic_of(policy, config.model, key, mesh)
+        head = new_head(policy, "value", key)
+        return policy.params, dataclasses.replace(model, params={**params, "value": head})
     if config.rl.critic == "policy":
         head = new_head(policy, "value", key)
         params = {**copy_params(trunk(policy.params)), "value": head}
         return policy.params, Model(**{**vars(policy), "params": params})
     [term] = [term for term in config.reward if term.kind == "model"]
-    judge = open_model(config.model, mesh, path=term.source, kind="reward")
+    judge = open_model(
+        config.model, mesh, path=term.source, kind="reward", frozen=adapter, share=policy
+    )
     # A value is an expected score: the reward model's own head is where it begins.
-    score = judge.params["score"]["kernel"][:, :1]
+    score = judge.params["score"]["kernel"][:, :1].astype(config.model.param_dtype)
     head = {"kernel": score, "bias": jnp.zeros((1,), score.dtype)}
-    return policy.params, Model(**{**vars(judge), "params": {**trunk(judge.params), "value": head}})
+    params = trunk(judge.params)
+    judge = dataclasses.replace(judge, only=_only(config, judge))
+    if adapter:
+        judge, params = critic_of(judge, config.model, key, mesh)
+    elif judge.adapted is not None:
+        judge = merged(judge, config.model.param_dtype)
+        params = trunk(judge.params)
+    return policy.params, Model(**{**vars(judge), "params": {**params, "value": head}})
+
+
+def _only(config: PPOConfig, model: Model) -> Only | None:
+    """What trains of a critic that was opened on its own."""
+    return parse_only(tuple(config.train.only), model.config) if config.train.only else None
+
+
+def divided(policy: Model, actor: Params, critic: Model | None) -> tuple[Params, Params]:
+    """(what trains, what is frozen) of actor and critic together."""
+    models = {"actor": (policy, actor)}
+    if critic is not None:
+        models["critic"] = (critic, critic.params)
+    parts = {name: halves(model, params) for name, (model, params) in models.items()}
+    trained = {name: half for name, (half, _) in parts.items()}
+    return trained, {name: half for name, (_, half) in parts.items() if half}
 
 
 def make_loss(config: PPOConfig, policy: Model, critic: Model | None) -> LossFn:

@@ -26,6 +26,7 @@ from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
+from jaxrlhf.stages.adapted import halves, open_trained
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.pairs import completion_logprobs, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
@@ -82,7 +83,14 @@ def needs_reference(loss: Callable[..., Any]) -> bool:
 
 def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """pairs (+ reference log-probs, once) -> batch_at(step) -> a loss of PREFERENCE_LOSSES."""
-    model = open_model(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    model = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
+    trained, frozen = halves(model, model.params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     loss = PREFERENCE_LOSSES[config.loss.name]
@@ -119,12 +127,14 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     return Recipe(
         kind="lm",
         architecture=model.config,
-        params=model.params,
+        params=trained,
+        frozen=frozen,
+        adapted=model.adapted,
         axes=model.axes(),
         loss_fn=make_loss(model.config, model.runtime, loss, settings),
         steps=steps,
         rows=pairs_per_step,
-        advance=offline(batches.batch_at, {}, key, mesh),
+        advance=offline(batches.batch_at, frozen, key, mesh),
         evaluate=evaluate,
         tokenizer=model.tokenizer,
         hf_config=model.hf_config,
@@ -137,7 +147,9 @@ def reference_of(config: Any, model: Model, mesh: Mesh) -> Model:
     """The frozen reference of a stage: the model as it starts, or the one that is named."""
     if config.reference is None:
         return model
-    found = open_model(config.model, mesh, path=config.reference, kind="lm", frozen=True)
+    found = open_model(
+        config.model, mesh, path=config.reference, kind="lm", frozen=True, share=model
+    )
     check_fits(
         "model",
         tokenizer_digest(model.tokenizer),

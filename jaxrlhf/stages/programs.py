@@ -16,6 +16,8 @@ from jaxrlhf.config.signatures import keywords
 from jaxrlhf.config.stages import DPOConfig, PPOConfig, RewardConfig, TrainingConfig
 from jaxrlhf.losses.preference import PREFERENCE_LOSSES
 from jaxrlhf.losses.reward import REWARD_LOSSES
+from jaxrlhf.models.adapters.only import parse_only
+from jaxrlhf.models.adapters.spec import Adapter, resolve
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.rows import row_scores
 from jaxrlhf.models.transformer import abstract_params
@@ -25,6 +27,7 @@ from jaxrlhf.parallel.rules import batch_sharding, replicated, shardings, state_
 from jaxrlhf.planning.aot import Program, abstract
 from jaxrlhf.rl.experience import needs_values
 from jaxrlhf.stages import preference, reward, sft
+from jaxrlhf.stages.adapted import abstract_adapted, on_halves, spec_of
 from jaxrlhf.stages.models import Model, axes_of, make_runtime
 from jaxrlhf.stages.pairs import completion_logprobs
 from jaxrlhf.stages.ppo import (
@@ -92,9 +95,21 @@ class _Builder:
 
     def params(self, *heads: str, frozen: bool = False) -> tuple[Params, Params]:
         """(shapes, axis names) of a model with these heads; "lm" comes tied or not."""
-        dtype = self.runtime.dtype if frozen else self.runtime.param_dtype
+        adapter = None if frozen else self.adapter(*heads)
+        kept = frozen or adapter is not None
+        dtype = self.runtime.dtype if kept else self.runtime.param_dtype
         shapes = abstract_params(self.architecture, heads=heads, param_dtype=dtype)
+        if adapter is not None:
+            shapes = abstract_adapted(adapter, shapes, self.runtime.param_dtype)
         return shapes, axes_of(shapes, self.architecture)
+
+    def adapter(self, *heads: str) -> Adapter | None:
+        """What trains of a model with these heads; None = all of it."""
+        section = self.config.model.adapter
+        if section is None:
+            return None
+        new = tuple(head for head in heads if head == "score")
+        return resolve(spec_of(section), self.architecture, heads=new)
 
     def placed(self, *heads: str, frozen: bool = False) -> Params:
         """Shapes of a model with these heads where they live."""
@@ -119,12 +134,14 @@ class _Builder:
     ) -> Program:
         """The compiled step of the runner on a state that has yet to exist."""
         params, axes = model
+        trained, frozen = self.halves(params)
         config, ema = self.config, self.config.train.ema_decay
         tx, schedule = optimizer(config.optim, config.train.steps or 1)
-        state = jax.eval_shape(lambda p: init_state(p, tx, ema=ema is not None), params)
+        state = jax.eval_shape(lambda p: init_state(p, tx, ema=ema is not None), trained)
         where, _ = state_shardings(axes, state, self.mesh)
+        section = config.model.adapter
         step = make_train_step(
-            loss_fn,
+            on_halves(loss_fn, 0.0 if section is None else section.dropout),
             tx,
             accum=passes(config, rows, self.mesh),
             prepare=prepare,
@@ -132,7 +149,19 @@ class _Builder:
             schedule=schedule,
         )
         jitted = jit_train_step(step, where, self.mesh)
-        return Program(jitted, (abstract(state, where), {}, batch, self.key))
+        frozen = abstract(frozen, shardings(axes, frozen, self.mesh)[0])
+        return Program(jitted, (abstract(state, where), frozen, batch, self.key))
+
+    def halves(self, params: Params) -> tuple[Params, Params]:
+        """(what trains, what is frozen) of a model, or of an actor and a critic."""
+        if "embed" not in params:
+            parts = {name: self.halves(tree) for name, tree in params.items()}
+            trained = {name: half for name, (half, _) in parts.items()}
+            return trained, {name: half for name, (_, half) in parts.items() if half}
+        if self.config.train.only:
+            return parse_only(tuple(self.config.train.only), self.architecture).split(params)
+        adapter = self.adapter(*(name for name in ("score",) if name in params))
+        return (params, {}) if adapter is None else adapter.split(params)
 
     def sft(self, config: Any) -> dict[str, Program]:
         batch = LMBatch(**self.token_rows(self.rows))
@@ -223,7 +252,7 @@ class _Builder:
                 make_experience(config, model, model, critic, self.mesh, scored),
                 (
                     both,
-                    self.placed("lm"),
+                    self.placed("lm", frozen=config.model.adapter is not None),
                     rollout,
                     self.shape(episodes, dtype="float32"),
                     self.shape(dtype="float32"),

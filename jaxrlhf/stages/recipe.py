@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.stages.models import Adapted
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import LossFn, TrainStep
 from jaxrlhf.types import Params
@@ -21,13 +22,15 @@ class Recipe:
     Attributes:
         kind: what results: a language model or a reward model.
         architecture: of the model that results.
-        params, axes: what trains, and the logical axis names of every leaf.
+        params, axes: what trains, and the logical axis names of every leaf (or of more).
         loss_fn: (trainable, frozen, batch, key) -> (loss, metrics).
         steps: units of the loop planned: optimizer steps, or iterations of an online method.
         rows: rows of one optimizer step over all devices.
         advance: given the compiled train step, what one unit of the loop does.
         updates: optimizer steps per unit.
-        frozen: weights the loss reads and nothing changes.
+        frozen: the other half of the tree, which the loss reads and nothing changes. `loss_fn`,
+            `evaluate`, `sample` and what is exported see both halves as one tree.
+        adapted: the base that an adapter trains on.
         prepare: statistics of the global batch, before it is split (see `make_train_step`).
         evaluate: held-out metrics of parameters.
         sample: rows for samples.jsonl of parameters at a step.
@@ -47,6 +50,7 @@ class Recipe:
     advance: Callable[[TrainStep], Advance]
     updates: int = 1
     frozen: Params = dataclasses.field(default_factory=dict)
+    adapted: Adapted | None = None
     prepare: Callable[[Any], Any] | None = None
     evaluate: Callable[[Params, int], dict[str, float]] | None = None
     sample: Callable[[Params, int], list[dict[str, Any]]] | None = None

@@ -23,7 +23,8 @@ from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.models import Model, axes_of, new_head, open_model, trunk
+from jaxrlhf.stages.adapted import halves, open_trained
+from jaxrlhf.stages.models import Model, axes_of, new_head, trunk
 from jaxrlhf.stages.pairs import flat_rows, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.rows import evaluation_batches, pair_rows, training_batches
@@ -105,12 +106,14 @@ def pair_metrics(chosen: np.ndarray, rejected: np.ndarray, pairs: PairSet) -> di
 
 def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """pairs -> batch_at(step) -> scores at the last token -> a loss on their difference."""
-    model = open_model(config.model, mesh, key=jax.random.fold_in(key, 0))
+    first = jax.random.fold_in(key, 0)
+    model = open_trained(config.model, mesh, key=first, heads=("score",), only=config.train.only)
     params = model.params
     if model.kind == "lm":
         # From zero: at first nothing is preferred, and no random direction is to be unlearnt.
         score = jax.tree.map(jnp.zeros_like, new_head(model, "score", key))
         params = {**trunk(params), "score": score}
+    trained, frozen = halves(model, params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)
@@ -133,12 +136,14 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     return Recipe(
         kind="reward",
         architecture=model.config,
-        params=params,
+        params=trained,
+        frozen=frozen,
+        adapted=model.adapted,
         axes=axes_of(params, model.config),
         loss_fn=make_loss(model.config, model.runtime, loss, keywords(loss, config.loss)),
         steps=steps,
         rows=pairs_per_step,
-        advance=offline(batches.batch_at, {}, key, mesh),
+        advance=offline(batches.batch_at, frozen, key, mesh),
         evaluate=evaluate,
         tokenizer=model.tokenizer,
         hf_config=model.hf_config,

@@ -16,7 +16,7 @@ from jaxrlhf.ops.masking import WEIGHTS, fixed_length_weights, weighted_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.models import open_model
+from jaxrlhf.stages.adapted import halves, open_trained
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.rows import evaluation_batches, lm_rows, training_batches
 from jaxrlhf.stages.training import offline
@@ -85,7 +85,14 @@ def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: M
 
 def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """rows -> batch_at(step) -> next-token loss, weighted over the global batch."""
-    model = open_model(config.model, mesh, kind="lm", key=jax.random.fold_in(key, 0))
+    model = open_trained(
+        config.model,
+        mesh,
+        kind="lm",
+        key=jax.random.fold_in(key, 0),
+        only=config.train.only,
+    )
+    trained, frozen = halves(model, model.params)
     rows, held_out, notes = lm_rows(config.data, model, config.seed)
     rows_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, rows_per_step, config.seed)
@@ -97,12 +104,14 @@ def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recip
     return Recipe(
         kind="lm",
         architecture=model.config,
-        params=model.params,
+        params=trained,
+        frozen=frozen,
+        adapted=model.adapted,
         axes=model.axes(),
         loss_fn=make_loss(model.config, model.runtime),
         steps=steps,
         rows=rows_per_step,
-        advance=offline(batches.batch_at, {}, key, mesh),
+        advance=offline(batches.batch_at, frozen, key, mesh),
         prepare=lambda batch: batch.replace(weights=weights(batch.completion_mask)),
         evaluate=evaluate,
         tokenizer=model.tokenizer,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.load import load
@@ -18,12 +17,15 @@ from jaxrlhf.config.optim import OptimSection
 from jaxrlhf.config.resume import check_resume
 from jaxrlhf.config.stages import TrainingConfig
 from jaxrlhf.errors import CheckpointError, ConfigError
+from jaxrlhf.models.adapters.peft import adapter_config
+from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.transformer import count_params
 from jaxrlhf.models.weights import load_hf, save_hf
 from jaxrlhf.parallel import distributed
 from jaxrlhf.parallel.mesh import make_mesh, row_shards
 from jaxrlhf.parallel.rules import put_batch, use_mesh
 from jaxrlhf.stages import lineage
+from jaxrlhf.stages.adapted import count_trained, on_halves, write_adapter
 from jaxrlhf.stages.card import model_card
 from jaxrlhf.stages.recipe import Advance, Recipe
 from jaxrlhf.stages.rundir import (
@@ -146,24 +148,30 @@ def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) 
     if not distributed.is_primary():
         return
     plan = config.train.batch_plan(row_shards(mesh))
-    parameters = count_params(recipe.params)
-    weights = jnp.dtype(config.model.param_dtype).itemsize
+    parameters = count_trained(recipe.params, recipe.adapted)
     moments = jax.eval_shape(
         optimizer(config.optim, recipe.steps * recipe.updates)[0].init, recipe.params
     )
-    state = parameters * (weights + 4) + sum(
-        x.size * x.dtype.itemsize for x in jax.tree.leaves(moments)
-    )
+    weights, gradients = size_of(recipe.params), 4 * count_params(recipe.params)
+    frozen = {str(id(x)): x for x in jax.tree.leaves(recipe.frozen)}  # what is shared counts once
+    base = f" of {parameters + count_params(frozen):,}" if frozen else ""
+    kept = f"; frozen {size_of(frozen) / 1e6:,.1f} MB" if frozen else ""
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     lines = [
         *recipe.notes,
         f"{plan}; {recipe.steps} steps"
         + (f" of {recipe.updates} optimizer steps" if recipe.updates > 1 else ""),
-        f"{parameters:,} parameters train; weights, optimizer and gradients "
-        f"{state / 1e6:,.1f} MB in all; mesh: {shape or 'one device'}",
+        f"{parameters:,}{base} parameters train; weights {weights / 1e6:,.1f} MB, optimizer "
+        f"{size_of(moments):,} bytes, gradients {gradients / 1e6:,.1f} MB{kept}; mesh: "
+        f"{shape or 'one device'}",
     ]
     for line in lines:
         print(f"{command}: {line}", flush=True)
+
+
+def size_of(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _run(
@@ -195,6 +203,15 @@ def _run(
         "hf_config": recipe.hf_config,
         "parents": lineage.contents(config),
     }
+    if recipe.frozen:
+        meta["frozen"] = content_digest(recipe.frozen)
+    if recipe.adapted is not None:
+        meta["adapter"] = adapter_config(
+            recipe.adapted.adapter,
+            recipe.architecture,
+            kind=recipe.kind,
+            base=recipe.adapted.named(),
+        )
     checkpoints = Checkpoints(
         output,
         meta=meta,
@@ -202,13 +219,13 @@ def _run(
         best=config.train.keep_best,
         best_mode=config.train.best_is,
     )
-    state, start = _restore(command, state, where, checkpoints, output, resume)
+    state, start = _restore(command, state, where, checkpoints, meta.get("frozen"), resume)
     if distributed.is_primary():
         save_tokenizer(recipe.tokenizer, output / "tokenizer")
 
     train_step = jit_train_step(
         make_train_step(
-            recipe.loss_fn,
+            on_halves(recipe.loss_fn, recipe.adapted.adapter.dropout if recipe.adapted else 0.0),
             tx,
             accum=accumulation,
             prepare=recipe.prepare,
@@ -220,10 +237,12 @@ def _run(
     )
 
     def weights_of(state: TrainState) -> Params:
-        """What is evaluated and exported: the average of the weights where one is kept."""
-        if ema is None:
-            return state.params
-        return jax.tree.map(lambda e, p: e.astype(p.dtype), state.extra["ema"], state.params)
+        """What is evaluated and exported: the average of the weights where one is kept, and
+        what is frozen with it."""
+        trained = state.params
+        if ema is not None:
+            trained = jax.tree.map(lambda e, p: e.astype(p.dtype), state.extra["ema"], trained)
+        return join(trained, recipe.frozen)
 
     evaluate, sample = recipe.evaluate, recipe.sample
     every = config.train.eval_every or recipe.steps
@@ -267,7 +286,7 @@ def _restore(
     state: TrainState,
     where: TrainState,
     checkpoints: Checkpoints,
-    output: Path,
+    frozen: str | None,
     resume: str,
 ) -> tuple[TrainState, int]:
     """The state to start from: fresh, or a checkpoint's."""
@@ -283,6 +302,11 @@ def _restore(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
     )
     del state
+    if (before := source.read_meta(step).get("frozen")) != frozen:
+        raise CheckpointError(
+            f"{source.path(step)} was trained on frozen weights with the digest {before}, those "
+            f"here have {frozen}: restore the base that the run began with"
+        )
     restored, step = source.restore(abstract, step)
     print(f"{command}: resuming at step {step} from {source.folder}", flush=True)
     return restored, step
@@ -351,23 +375,28 @@ def export(
     config: TrainingConfig,
     metrics: dict[str, float],
 ) -> None:
-    """Writes the HF folder and reads it back: the same bits, or an error."""
+    """Writes the HF folder (an adapter's: the PEFT folder) and reads it back: the same bits, or an
+    error."""
     partial = folder.with_name(folder.name + ".partial")
     if distributed.is_primary():
         shutil.rmtree(partial, ignore_errors=True)
     distributed.barrier("export begins")
-    save_hf(
-        partial,
-        params,
-        recipe.architecture,
-        kind=recipe.kind,
-        pad_token_id=recipe.pad_token_id,
-        hf_config=recipe.hf_config,
-        model_card=model_card(command, config, recipe, metrics),
-    )
+    card = model_card(command, config, recipe, metrics)
+    if recipe.adapted is not None:
+        write_adapter(partial, params, recipe.adapted, recipe.architecture, recipe.kind, card)
+    else:
+        save_hf(
+            partial,
+            params,
+            recipe.architecture,
+            kind=recipe.kind,
+            pad_token_id=recipe.pad_token_id,
+            hf_config=recipe.hf_config,
+            model_card=card,
+        )
     if distributed.is_primary():
         write_tokenizer(recipe.tokenizer, partial)
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 and recipe.adapted is None:
             kept = {k: params[k] for k in params if k not in ("value", _other_head(recipe.kind))}
             back = load_hf(partial, kind=recipe.kind)
             if content_digest(back.params) != content_digest(kept):

@@ -20,7 +20,7 @@ from jaxrlhf.types import Params
 
 # By the last name of a leaf's path: with stacked layers a norm scale [L, D] has two dimensions too.
 DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
-NOT_DECAYED = frozenset({"scale", "bias"})
+NOT_DECAYED = frozenset({"scale", "bias", "dora_m", "ia3_in", "ia3_out"})
 
 
 def decay_mask(params: Params) -> Any:

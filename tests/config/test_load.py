@@ -235,8 +235,24 @@ def test_a_name_given_in_both_languages_is_given_twice(tmp_path):
     assert "given twice" in errors_of("sft", [file], SFT)
 
 
-def test_adapters_are_refused_with_what_to_do():
-    assert "all parameters train" in errors_of("sft", [], [*SFT, "lora_r=8"])
+def test_an_adapter_by_three_names_is_one():
+    for words in (["lora_r=8"], ["model.lora.rank=8"], ["model.adapter.rank=8"]):
+        section = load("sft", [], [*SFT, *words]).model.adapter
+        assert (section.kind, section.rank) == ("lora", 8)
+    assert load("sft", [], SFT).model.adapter is None
+    assert "model.lora.rank" in errors_of("sft", [], [*SFT, "use_peft=true"])
+
+
+def test_settings_of_another_adapter_are_refused():
+    words = [*SFT, "model.adapter.kind=ia3", "model.adapter.rank=4"]
+    assert "rank is of lora and dora" in errors_of("sft", [], words)
+    found = errors_of("sft", [], [*SFT, "model.lora.target=q"])
+    assert "did you mean model.adapter.targets" in found
+
+
+def test_generating_reads_no_adapter_settings():
+    words = ["model=m", "prompt=x", "model.adapter.rank=4"]
+    assert "unknown key" in errors_of("generate", [], words)
 
 
 def test_items_of_lists_can_be_overridden(tmp_path):

@@ -4,11 +4,14 @@
 Runs in a child process with 8 devices (tests/devices.py).
 """
 
+import zlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.config.stages import STAGES
+from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.models.transformer import init_params
@@ -51,10 +54,11 @@ LENGTH, ROWS, NEW = 24, 16, 10
 LARGE = 512  # numbers; every matrix of the models above has more, every vector of a layer fewer
 
 
-def settings(stage):
+def settings(stage, adapter=None):
     """The stage's configuration: the same two passes an optimizer step on any mesh."""
+    model = {"path": "none", "remat": True, "unroll": 1, "logprob_chunk": 7, "adapter": adapter}
     given = {
-        "model": {"path": "none", "remat": True, "unroll": 1, "logprob_chunk": 7},
+        "model": model,
         "data": {"train": ["none"], "max_length": LENGTH},
         "train": {"steps": 20, "batch_size": ROWS, "accumulation": 2},
         "optim": {"learning_rate": 1e-3, "clip_norm": None, "schedule": "constant"},
@@ -131,6 +135,19 @@ def fresh_state(program, architecture):
     return zeros.replace(params=fresh(abstract.params, architecture))
 
 
+def filled(abstract):
+    """Arrays for abstract ones, where those live: random numbers told by the leaf's path."""
+
+    def leaf(path, s):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        rng = np.random.default_rng(zlib.crc32(name.encode()))
+        start = 1.0 if name.endswith("scale") else 0.0
+        values = start + 0.2 * rng.standard_normal(s.shape)
+        return jax.device_put(values.astype(s.dtype), s.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
 def host(tree):
     return jax.tree.map(to_host, tree)
 
@@ -155,9 +172,9 @@ def first_moments(state):
     return named(host(moments))
 
 
-def run(stage, architecture, mesh, steps, whole):
+def run(stage, architecture, mesh, steps, whole, adapter=None):
     """All that is compared: gradients, what the trained model says, FLOPs, placements."""
-    config = settings(stage)
+    config = settings(stage, adapter)
     key = jax.random.key(5)
     out = {}
     with use_mesh(mesh):
@@ -166,10 +183,18 @@ def run(stage, architecture, mesh, steps, whole):
         out["constraints"] = lowered.as_text().count("sharding_constraint")
         step = lowered.compile()
         compiled = {"train_step": step}
-        state = fresh_state(programs["train_step"], architecture)
+        frozen = {}
+        if adapter is None:
+            state = fresh_state(programs["train_step"], architecture)
+        else:
+            abstract, shapes = programs["train_step"].args[:2]
+            frozen = filled(shapes)
+            state = jax.tree.map(
+                lambda s: jax.device_put(jnp.zeros(s.shape, s.dtype), s.sharding), abstract
+            ).replace(params=filled(abstract.params))
         out["whole leaves"] = [
             name
-            for name, x in named((state.params, state.opt_state)).items()
+            for name, x in named((state.params, state.opt_state, frozen)).items()
             if x.size > LARGE and x.sharding.is_fully_replicated
         ]
         if stage == "ppo":
@@ -184,7 +209,7 @@ def run(stage, architecture, mesh, steps, whole):
                 scorer = programs["scorer"]
                 compiled["scorer"] = scorer.function.lower(*scorer.args).compile()
         for i in range(steps):
-            state, metrics = step(state, {}, batches[i % len(batches)], key)
+            state, metrics = step(state, frozen, batches[i % len(batches)], key)
             if i == 0:
                 out["gradients"] = first_moments(state)
                 out["metrics"] = {k: (float(s), float(c)) for k, (s, c) in metrics.items()}
@@ -194,7 +219,8 @@ def run(stage, architecture, mesh, steps, whole):
                 jax.tree.leaves(state), jax.tree.leaves(programs["train_step"].args[0]), strict=True
             )
         )
-        params = state.params.get("actor", state.params)
+        params = join(state.params, frozen)
+        params = params.get("actor", params)
         said = row_scores if stage == "reward" else row_logprobs
         runtime = out_runtime(config, architecture, mesh)
         rows = put_batch(LMBatch(**token_rows(9, architecture.vocab_size, ROWS)), mesh)
@@ -272,15 +298,16 @@ def relative(a, b):
     return float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
 
 
-def compare(stage, meshes, model="divides", steps=20, whole=True):
+def compare(stage, meshes, model="divides", steps=20, whole=True, adapter=None):
     """What a mesh does against one device, for each of `meshes` (names); training alone, or all."""
     architecture = {"divides": DIVIDES, "ragged": RAGGED}[model]
     jax.config.update("jax_default_matmul_precision", "highest")
-    alone = run(stage, architecture, make_mesh(devices=jax.devices()[:1], fsdp=1), steps, whole)
+    one = make_mesh(devices=jax.devices()[:1], fsdp=1)
+    alone = run(stage, architecture, one, steps, whole, adapter)
     out = {}
     for name in meshes:
         mesh = make_mesh(**MESHES[name])
-        found = run(stage, architecture, mesh, steps, whole)
+        found = run(stage, architecture, mesh, steps, whole, adapter)
         out[name] = {
             "gradients": {
                 leaf: relative(found["gradients"][leaf], g)

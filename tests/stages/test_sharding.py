@@ -19,8 +19,8 @@ MIXED = "data 2, fsdp 2, tensor 2"
 OTHERS = ["fsdp 8", "tensor 4, data 2"]
 
 
-def compare(stage, meshes, model="divides", whole=True):
-    return sharded.compare(stage, meshes, model, whole=whole)
+def compare(stage, meshes, model="divides", whole=True, adapter=None):
+    return sharded.compare(stage, meshes, model, whole=whole, adapter=adapter)
 
 
 def check(stage, found):
@@ -47,6 +47,12 @@ def check(stage, found):
 
 def test_a_train_step_on_all_three_axes_is_the_step_of_one_device():
     check("sft", run_on_devices(8, compare, stage="sft", meshes=[MIXED], whole=False, timeout=900))
+
+
+def test_a_step_of_an_adapter_too():
+    adapter = {"kind": "dora", "rank": 4}
+    keys = {"stage": "sft", "meshes": [MIXED], "whole": False, "adapter": adapter}
+    check("sft", run_on_devices(8, compare, **keys, timeout=900))
 
 
 @SLOW
@@ -109,9 +115,10 @@ def same_figures(ours, theirs, *, close):
 
 
 @SLOW
+@pytest.mark.parametrize("adapter", [{}, {"model.lora.rank": 4}], ids=["all", "lora"])
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
-def test_a_whole_stage_on_eight_devices_is_the_stage_on_one(stage, tiny, models, tmp_path):
-    keys = settings(stage, tiny, models)
+def test_a_whole_stage_on_eight_devices_is_the_stage_on_one(stage, adapter, tiny, models, tmp_path):
+    keys = settings(stage, tiny, models) | adapter
     assert run(stage, tmp_path / "one", **keys).exit_code == 0
     run_on_devices(
         8,
