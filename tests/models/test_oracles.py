@@ -20,6 +20,18 @@ FOLDER = Path(__file__).resolve().parents[1] / "oracles" / "models"
 NAMES = sorted(path.name for path in FOLDER.iterdir())
 
 
+def variants(kind: str) -> list:
+    """Cases of a kind; of each family the first by name, and the rest as slow ones."""
+    seen, cases = set(), []
+    for name in NAMES:
+        config = json.loads((FOLDER / name / "config.json").read_text())
+        if ("SequenceClassification" in config["architectures"][0]) == (kind == "reward"):
+            more = config["model_type"] in seen
+            cases.append(pytest.param(name, marks=[pytest.mark.slow] if more else []))
+            seen.add(config["model_type"])
+    return cases
+
+
 def expected(name: str) -> dict:
     return json.loads((FOLDER / name / "expected.json").read_text())
 
@@ -47,7 +59,7 @@ def greedy(tree, config, runtime, prompt, count):
     return jax.lax.scan(step, (first, cache), jnp.arange(count))[1]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "reward" not in name])
+@pytest.mark.parametrize("name", variants("lm"))
 def test_logits_and_greedy_tokens_of_language_models(name):
     model, want = load_hf(FOLDER / name, kind="lm"), expected(name)
     rows = batch(want["input_ids"])
@@ -61,7 +73,7 @@ def test_logits_and_greedy_tokens_of_language_models(name):
     assert tokens.tolist() == want["greedy"][:count]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if "reward" in name])
+@pytest.mark.parametrize("name", variants("reward"))
 def test_scores_of_reward_models(name):
     model, want = load_hf(FOLDER / name, kind="reward"), expected(name)
     assert "lm_head" not in model.params
