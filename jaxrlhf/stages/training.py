@@ -357,6 +357,7 @@ def _finish(
             "peak_memory_bytes": peak_memory_bytes(),
         }
         write_json(output / "summary.json", {k: v for k, v in summary.items() if v is not None})
+        print(f"{command}: peak memory {summary['peak_memory_bytes'] / 1e6:,.1f} MB", flush=True)
     distributed.barrier("summary")
     return StageResult(output, outcome.exit_code, metrics, outcome.message)
 
