@@ -102,8 +102,10 @@ def modules(config: ModelConfig) -> tuple[Module, ...]:
         weights = entries[0][1]
         parts = tuple(path.rsplit("/", 1)[0] for path in weights)
         sizes = [shapes[path] for path in weights]
-        # A plain matrix in every layer; experts' kernels have one more axis.
-        linear = weights[0].endswith("/kernel") and "{layer}" in hf and len(sizes[0]) == 3
+        # A plain matrix in every layer; experts' kernels have one more axis, and the router, which
+        # chooses among them, is no linear layer in transformers.
+        kernel = weights[0].endswith("/kernel") and not weights[0].endswith("router/kernel")
+        linear = kernel and "{layer}" in hf and len(sizes[0]) == 3
         inputs = sizes[0][-2] if linear else None
         outputs = tuple(size[-1] for size in sizes) if linear else ()
         found.append(Module(hf, parts, tuple(entries), inputs, outputs, by_head[hf]))
