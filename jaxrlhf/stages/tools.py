@@ -20,7 +20,7 @@ from jaxrlhf.config.stages import (
 from jaxrlhf.data import pairs
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.show import show
-from jaxrlhf.data.tokenizer import decode_continuation, load_tokenizer
+from jaxrlhf.data.tokenizer import add_control_tokens, decode_continuation, load_tokenizer
 from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.models.weights import load_hf, save_hf
@@ -163,9 +163,11 @@ def data_show(config: DataShowConfig) -> None:
         )
     run = Path(place) / "tokenizer"
     data = config.data
+    tokenizer = load_tokenizer(run if run.is_dir() else place)
+    add_control_tokens(tokenizer, config.model.add_tokens)
     show(
         source_specs(data.train),
-        load_tokenizer(run if run.is_dir() else place),
+        tokenizer,
         rows=config.rows,
         max_length=data.max_length,
         template=data.template,
