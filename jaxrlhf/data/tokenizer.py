@@ -157,7 +157,7 @@ def add_control_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[st
                 f"model.add_tokens: {token!r} is empty or has white space around it, which a "
                 "token cannot keep; write it without"
             )
-    from tokenizers import AddedToken
+    from transformers import AddedToken
 
     known = tokenizer.get_vocab()
     new = [token for token in dict.fromkeys(tokens) if token not in known]
