@@ -37,7 +37,7 @@ From a language model and feedback to an aligned model.
   export RUN          a run as an HF folder, or its adapter as a PEFT folder
   report RUN...       one HTML page of plots, tables and samples
   chat                talk to a model in the terminal
-  env                 versions, devices, commit: for bug reports
+  env                 versions, devices, commit; --models: what was measured of each family
 
 Later files override earlier ones, key=value overrides both.
 `jaxrlhf COMMAND --help` lists its options and keys with their defaults.
@@ -313,12 +313,22 @@ def note(text: str) -> None:
 
 
 def env(rest: list[str]) -> int:
-    """Prints where we are."""
+    """Prints where we are, or which models can be read."""
     if rest in (["-h"], ["--help"]):
-        print("usage: jaxrlhf env [--json]\n\nVersions, devices, commit; secrets are hidden.")
+        print(
+            "usage: jaxrlhf env [--json | --models]\n\nVersions, devices, commit; secrets are "
+            "hidden. --models: the model families, and what was measured of each."
+        )
+        return 0
+    if rest == ["--models"]:
+        import textwrap
+
+        from jaxrlhf.models.families import verified
+
+        print(f"{verified.text()}\n\n{textwrap.fill(verified.explained(), 98)}")
         return 0
     if rest not in ([], ["--json"]):
-        raise ConfigError(f"env: takes only --json, got {' '.join(rest)}")
+        raise ConfigError(f"env: takes only --json or --models, got {' '.join(rest)}")
     from jaxrlhf import environment
 
     found = environment.describe()

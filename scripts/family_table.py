@@ -1,15 +1,18 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Measures every model family against transformers on torch, and writes README's table of them.
+"""Measures every model family against transformers and PEFT on torch.
 
-    python scripts/family_table.py            # prints it
-    python scripts/family_table.py --write    # puts it into README.md
+    python scripts/family_table.py                    # prints what it finds
+    python scripts/family_table.py --write            # for `jaxrlhf env --models` and README.md
+    python scripts/family_table.py --write llama phi3 # these anew, the others as they are
 
-Each entry is the largest difference of a logit over the variants of the family in
+Each figure is the largest difference of a logit over the variants of the family in
 tests/models/make_oracles.py (random weights, logits of some units). Needs the parity extra.
 """
 
 import argparse
+import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -30,7 +33,10 @@ from make_oracles import CASES, inputs, make_model  # noqa: E402
 from model_rows import RUNTIME, batch, logits  # noqa: E402
 
 from jaxrlhf.models import heads  # noqa: E402
-from jaxrlhf.models.families import FAMILIES  # noqa: E402
+from jaxrlhf.models.adapters.peft import save_adapter  # noqa: E402
+from jaxrlhf.models.adapters.spec import AdapterSpec, init_adapter, resolve  # noqa: E402
+from jaxrlhf.models.adapters.trees import join  # noqa: E402
+from jaxrlhf.models.families import FAMILIES, verified  # noqa: E402
 from jaxrlhf.models.transformer import (  # noqa: E402
     abstract_params,
     decode_step,
@@ -43,14 +49,6 @@ from jaxrlhf.parallel.compiling import jit  # noqa: E402
 from jaxrlhf.parallel.mesh import make_mesh  # noqa: E402
 from jaxrlhf.parallel.rules import shardings  # noqa: E402
 
-COLUMNS = {
-    "import": "its model, read by us",
-    "export": "ours, read by transformers",
-    "left-pad": "its left-padded batch",
-    "cache": "cached steps against whole rows",
-    "sharded": "8 devices against one",
-    "bf16": "activations in bfloat16",
-}
 BEGIN, END = "<!-- families -->\n", "<!-- /families -->"
 
 
@@ -113,6 +111,7 @@ def measure(name: str) -> dict[str, float]:
             f"{folder}/ours", attn_implementation="eager"
         )
         found["export"] = rows_apart(whole, theirs_alone(again, rows, width), rows)
+        found["PEFT"] = with_peft(again, params, config, rows, folder)
     if config.rope_limit is None:  # else the longest row of its batch decides for all
         tokens, positions, segments = map(torch.tensor, batch(rows, left=True))
         with torch.no_grad():
@@ -144,33 +143,64 @@ def measure(name: str) -> dict[str, float]:
     return found
 
 
+def with_peft(model: Any, params: Any, config: Any, rows: list[list[int]], folder: str) -> float:
+    """A LoRA of ours on every projection, with weights that change much, read by PEFT."""
+    import peft
+
+    adapter = resolve(AdapterSpec(rank=3, alpha=5), config)
+    leaves = init_adapter(jax.random.key(0), adapter, params, "float32")
+    rng = np.random.default_rng(0)
+
+    def move(path, leaf):
+        if path[-1].key != "lora_b":
+            return leaf
+        return (0.2 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+
+    whole = join(jax.tree_util.tree_map_with_path(move, leaves), params)
+    save_adapter(Path(folder) / "adapter", whole, adapter, config, kind="lm", base=f"{folder}/ours")
+    theirs = peft.PeftModel.from_pretrained(model, f"{folder}/adapter")
+    got = np.asarray(logits(whole, config, RUNTIME, *batch(rows)))
+    return rows_apart(got, theirs_alone(theirs, rows, got.shape[1]), rows)
+
+
 def _of(params: Any, config: Any, row: list[int]) -> np.ndarray:
     return np.asarray(logits(params, config, RUNTIME, *batch([row]))[0])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="put the table into README.md")
-    write = parser.parse_args().write
-    lines = [
-        f"| `model_type` | variants | {' | '.join(COLUMNS)} |",
-        f"|---|---|{'---|' * len(COLUMNS)}",
-    ]
-    for family in sorted(FAMILIES):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", metavar="FAMILY", help="these only; none = all")
+    parser.add_argument("--write", action="store_true", help="keep them, and renew README's table")
+    given = parser.parse_args()
+    if unknown := set(given.families) - set(FAMILIES):
+        parser.error(f"no such family: {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+    for family in sorted(given.families or FAMILIES):
         names = [n for n, (kind, use, _) in CASES.items() if kind == family and use == "lm"]
         found = [measure(name) for name in names]
-        worst = (max(each[c] for each in found if c in each) for c in COLUMNS)
-        lines.append(f"| {family} | {len(names)} | " + " | ".join(f"{x:.0e}" for x in worst) + " |")
-        print(lines[-1], flush=True)
-    means = "; ".join(f"{name}: {text}" for name, text in COLUMNS.items())
-    table = "\n".join(lines) + f"\n\n{means[0].upper()}{means[1:]}.\n"
-    if write:
-        readme = ROOT / "README.md"
-        text = readme.read_text(encoding="utf-8")
-        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
-        text = re.sub(pattern, lambda _: BEGIN + table + END, text, count=1, flags=re.S)
-        readme.write_text(text, encoding="utf-8")
+        worst = {
+            column: float(f"{max(each[column] for each in found if column in each):.2g}")
+            for column in verified.COLUMNS
+            if any(column in each for each in found)
+        }
+        print(family, len(names), worst, flush=True)
+        if given.write:
+            keep(family, {"variants": len(names), **worst})
     return 0
+
+
+def keep(family: str, values: dict[str, Any]) -> None:
+    """One family's figures into the file of figures, and README's table made from it again."""
+    kept = verified.figures() if verified.FILE.exists() else {"families": {}}
+    packages = ("jax", "torch", "transformers", "peft")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    families = {k: v for k, v in kept["families"].items() if k in FAMILIES} | {family: values}
+    text = json.dumps({"versions": versions, "families": families}, indent=1, sort_keys=True)
+    verified.FILE.write_text(text + "\n", encoding="utf-8")
+    readme = ROOT / "README.md"
+    whole = readme.read_text(encoding="utf-8")
+    pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+    table = BEGIN + verified.markdown() + END
+    readme.write_text(re.sub(pattern, lambda _: table, whole, count=1, flags=re.S), "utf-8")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def test_print_config_runs_nothing_and_reads_back(stages, tmp_path, capsys):
         (["run"], "run: name a pipeline"),
         (["data", "shwo"], "data shwo: unknown command; did you mean data show?"),
         (["report"], "runs: is needed; give run directories"),
-        (["env", "x"], "env: takes only --json"),
+        (["env", "x"], "env: takes only --json or --models"),
     ],
 )
 def test_wrong_words_end_with_2_and_no_traceback(stages, capsys, words, expected):

@@ -124,6 +124,16 @@ class ModelSection(Section):
     tokenizer: ModelName | None = Field(
         default=None, description="a folder or hub name; null = the one beside the model"
     )
+    add_tokens: Names = Field(
+        default_factory=list,
+        description="control tokens that the tokenizer is given where it lacks them, e.g. the turn "
+        "markers of a chat template",
+    )
+    resize_embeddings: bool | Positive = Field(
+        default=False,
+        description="rows for tokens past the model's vocabulary, each the mean of the others; N = "
+        "up to a multiple of N",
+    )
     dtype: DType = Field(
         default="float32", description="what is computed in; frozen models are stored so"
     )
@@ -155,6 +165,14 @@ class TrainedModelSection(ModelSection):
         default=None, description="train an adapter; null = all parameters train"
     )
 
+    def contradictions(self) -> Iterator[str]:
+        if self.adapter is not None and self.resize_embeddings:
+            yield (
+                "resize_embeddings gives a model rows of its own, and an adapter leaves its base "
+                "as it is: write the larger model first (jaxrlhf export with the same model.* "
+                "keys), then adapt that"
+            )
+
 
 class FreshModelSection(TrainedModelSection):
     """As above, or a new model (`init`) instead of a path."""
@@ -164,6 +182,7 @@ class FreshModelSection(TrainedModelSection):
     )
 
     def contradictions(self) -> Iterator[str]:
+        yield from super().contradictions()
         if self.path is not None and self.init is not None:
             yield "path and init are both given: either load a model or start a new one"
         if self.init is not None and self.adapter is not None:

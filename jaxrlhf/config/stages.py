@@ -361,6 +361,10 @@ class ExportConfig(StageConfig):
     output: PathName | None = Field(
         default=None, description="the folder; null = export/ in the run"
     )
+    check: bool = Field(
+        default=True,
+        description="compare with what transformers computes from it, where torch is installed",
+    )
 
 
 class ChatConfig(StageConfig):

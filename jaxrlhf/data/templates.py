@@ -158,7 +158,8 @@ def choose_template(
         raise DataError(
             f"data.template={name} marks turns with the tokens {', '.join(template.markers)}; this "
             f"tokenizer lacks {', '.join(lacking)}. Use the tokenizer's own template, or "
-            "data.template=plain, which needs no such tokens"
+            "data.template=plain, which needs no such tokens, or give them to the model: "
+            f"model.add_tokens='[{', '.join(lacking)}]' model.resize_embeddings=true"
         )
     return template
 

@@ -89,6 +89,7 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> "PreTrainedTokenizer
             from transformers import PreTrainedTokenizerFast
 
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(path))
+            _fill_in_from_family(tokenizer, path)
         else:
             from transformers import AutoTokenizer
 
@@ -110,6 +111,62 @@ def load_tokenizer(path_or_name: str | os.PathLike[str]) -> "PreTrainedTokenizer
     return tokenizer
 
 
+GENERIC = ("PreTrainedTokenizerFast", "TokenizersBackend")
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
+
+def _fill_in_from_family(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
+    """Special tokens that a folder leaves to the class of its family, as that of gpt2 does.
+
+    tokenizer.json alone says which ids a text has; the class is asked for nothing else.
+    """
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            said |= json.loads((folder / name).read_text(encoding="utf-8"))
+    missing = [name for name in SPECIAL if name not in said and getattr(tokenizer, name) is None]
+    known = said.get("tokenizer_class") not in (None, *GENERIC)
+    if not {"bos_token", "eos_token"} & set(missing):
+        return
+    if not known and not (folder / "config.json").is_file():
+        return
+    from transformers import AutoTokenizer
+
+    try:
+        family = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, trust_remote_code=False, local_files_only=True
+        )
+    except Exception:  # a class that is not known leaves the file as it is
+        return
+    vocabulary = tokenizer.get_vocab()
+    for name in missing:
+        token = getattr(family, name, None)
+        if isinstance(token, str) and token in vocabulary:
+            setattr(tokenizer, name, token)
+
+
+def add_control_tokens(tokenizer: "PreTrainedTokenizerBase", tokens: Sequence[str]) -> list[str]:
+    """Adds the tokens it lacks, as control tokens, in place; returns those that were added.
+
+    Raises:
+        DataError: a token that is empty or begins or ends in white space.
+    """
+    for token in tokens:
+        if not token.strip() or token != token.strip():
+            raise DataError(
+                f"model.add_tokens: {token!r} is empty or has white space around it, which a "
+                "token cannot keep; write it without"
+            )
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    new = [token for token in dict.fromkeys(tokens) if token not in known]
+    # A piece that is in the vocabulary already is declared too: text never gives it from now on.
+    declared = [AddedToken(token, special=True, normalized=False) for token in tokens]
+    tokenizer.add_tokens(declared, special_tokens=True)
+    return new
+
+
 def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
     """Refuses a tokenizer that can produce an id the model has no embedding for.
 
@@ -122,7 +179,8 @@ def check_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> N
         shown = ", ".join(f"{token!r} = {i}" for i, token in beyond[:3])
         raise DataError(
             f"the tokenizer has {len(beyond)} token(s) past the model's vocabulary of "
-            f"{vocab_size}: {shown}; use the tokenizer saved with the model, or enlarge the model"
+            f"{vocab_size}: {shown}; use the tokenizer saved with the model, or say "
+            "model.resize_embeddings=true, which gives the model rows for them"
         )
 
 

@@ -158,7 +158,9 @@ def _on_mesh(command: str, config: Any, path: Path) -> tuple[dict[str, float], l
             tools.chat(config, mesh)
             return {}, []
         if command == "export":
-            return tools.export(config, path, mesh)
+            from jaxrlhf.stages.export import export
+
+            return export(config, path, mesh)
         if command == "generate":
             from jaxrlhf.stages.generate import generate
 

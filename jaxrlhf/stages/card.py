@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model card that goes with an exported model."""
 
+from pathlib import Path
 from typing import Any
 
 from jaxrlhf.config.load import to_yaml
 from jaxrlhf.config.stages import TrainingConfig
+from jaxrlhf.stages.models import Adapted, Model
 from jaxrlhf.stages.recipe import Recipe
 
 METHODS = {
@@ -20,33 +22,13 @@ def model_card(
     command: str, config: TrainingConfig, recipe: Recipe, metrics: dict[str, float]
 ) -> str:
     """README.md of the exported folder: what it is, how it was made, how to use it."""
-    reward = recipe.kind == "reward"
-    adapted = recipe.adapted
-    library = "transformers" if adapted is None else "peft"
-    front = ["---", f"library_name: {library}", "tags:", "- jaxrlhf", f"- {command}", "---"]
-    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
-    lines = [
-        *front,
-        f"# {'Reward model' if reward else 'Language model'}"
-        f"{'' if adapted is None else ' (adapter)'}, trained with jaxrlhf",
-        "",
-        f"Method: {METHODS[command]}. Starting point: `{_origin(config)}`.",
-        "",
-        "```python",
-        f"from transformers import AutoTokenizer, {auto}",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        *_loading(auto, recipe),
-        "```",
-        "",
-    ]
-    if reward:
-        lines += [
-            f"`pad_token_id` is {recipe.pad_token_id}, an id that never occurs as a real token: "
-            "transformers reads the score at the last token that is not padding, so padding with "
-            "the end-of-text token would read it one token too early. The score is meant to be "
-            "read at the end-of-text token: append it to the text.",
-            "",
-        ]
+    lines = _head(
+        command,
+        recipe.kind,
+        recipe.adapted,
+        recipe.pad_token_id,
+        f"trained with jaxrlhf\n\nMethod: {METHODS[command]}. Starting point: `{_origin(config)}`.",
+    )
     rows = _rows(metrics)
     if rows:
         lines += ["## Figures at the end of training", "", "| metric | value |", "|---|---|", *rows]
@@ -55,18 +37,58 @@ def model_card(
     return "\n".join(lines)
 
 
-def _loading(auto: str, recipe: Recipe) -> list[str]:
+def export_card(model: Model, pad_token_id: int | None, checks: list[str]) -> str:
+    """README.md of a folder that `export` wrote: what it is, how to use it, what was checked."""
+    told = f"exported by jaxrlhf\n\nFrom `{Path(model.source).name}`."
+    lines = _head("export", model.kind, model.adapted, pad_token_id, told)
+    lines += ["## Checked", "", *(f"- {check}" for check in checks), ""]
+    return "\n".join(lines)
+
+
+def _head(
+    tag: str, kind: str, adapted: Adapted | None, pad_token_id: int | None, told: str
+) -> list[str]:
+    """The lines that every card begins with."""
+    reward = kind == "reward"
+    library = "transformers" if adapted is None else "peft"
+    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    lines = [
+        *("---", f"library_name: {library}", "tags:", "- jaxrlhf", f"- {tag}", "---"),
+        f"# {'Reward model' if reward else 'Language model'}"
+        f"{'' if adapted is None else ' (adapter)'}, {told}",
+        "",
+        "```python",
+        f"from transformers import AutoTokenizer, {auto}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+        *_loading(auto, reward, adapted, pad_token_id),
+        "```",
+        "",
+    ]
+    if reward:
+        lines += [
+            f"`pad_token_id` is {pad_token_id}, an id that never occurs as a real token: "
+            "transformers reads the score at the last token that is not padding, so padding with "
+            "the end-of-text token would read it one token too early. The score is meant to be "
+            "read at the end-of-text token: append it to the text.",
+            "",
+        ]
+    return lines
+
+
+def _loading(
+    auto: str, reward: bool, adapted: Adapted | None, pad_token_id: int | None
+) -> list[str]:
     """The lines that load the model."""
-    if recipe.adapted is None:
+    if adapted is None:
         return [f"model = {auto}.from_pretrained(folder)"]
-    labels = ", num_labels=1" if recipe.kind == "reward" else ""
+    labels = ", num_labels=1" if reward else ""
     lines = [
         "from peft import PeftModel",
-        f"base = {auto}.from_pretrained({recipe.adapted.named()!r}{labels})",
+        f"base = {auto}.from_pretrained({adapted.named()!r}{labels})",
         "model = PeftModel.from_pretrained(base, folder)",
     ]
-    if recipe.kind == "reward":  # the base's config knows nothing of it
-        lines.append(f"model.config.pad_token_id = {recipe.pad_token_id}")
+    if reward:  # the base's config knows nothing of it
+        lines.append(f"model.config.pad_token_id = {pad_token_id}")
     return lines
 
 

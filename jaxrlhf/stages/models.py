@@ -14,7 +14,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
-from jaxrlhf.data.tokenizer import check_vocabulary, is_path, load_tokenizer
+from jaxrlhf.data.tokenizer import (
+    add_control_tokens,
+    check_vocabulary,
+    is_path,
+    load_tokenizer,
+)
 from jaxrlhf.errors import ModelError
 from jaxrlhf.models.adapters.only import Only
 from jaxrlhf.models.adapters.peft import (
@@ -27,6 +32,7 @@ from jaxrlhf.models.adapters.spec import Adapter, with_adapter_axes
 from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.families import config_from_hf
+from jaxrlhf.models.resize import enlarge_vocabulary
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
 from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config, weights_digest
 from jaxrlhf.parallel.rules import shardings
@@ -201,6 +207,8 @@ def open_model(
         raise ModelError(f"{source} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
     own = section.tokenizer if path is None else None
     tokenizer = load_tokenizer(own or home)
+    if path is None:
+        params, config = _with_tokens(section, mesh, tokenizer, params, config)
     check_vocabulary(tokenizer, config.vocab_size)
     assert found in ("lm", "reward")
     return Model(
@@ -214,6 +222,27 @@ def open_model(
         stop_ids=_ids(ends, tokenizer),
         home=weights_home,
     )
+
+
+def _with_tokens(
+    section: ModelSection, mesh: Mesh, tokenizer: Any, params: Params, config: ModelConfig
+) -> tuple[Params, ModelConfig]:
+    """The model with the tokens that `add_tokens` gives its tokenizer, and with rows for them."""
+    added = add_control_tokens(tokenizer, section.add_tokens)
+    before = config.vocab_size
+    needed = max(tokenizer.get_vocab().values()) + 1
+    if section.resize_embeddings and needed > before:
+        multiple = int(section.resize_embeddings)  # true is 1
+        size = -(-needed // multiple) * multiple
+        params, config = enlarge_vocabulary(params, config, size)
+        params = jax.device_put(params, param_shardings(params, config, mesh))
+    if added or config.vocab_size > before:
+        print(
+            f"model: {len(added)} tokens added, the embedding has {config.vocab_size} rows "
+            f"({config.vocab_size - before} new)",
+            flush=True,
+        )
+    return params, config
 
 
 def _base_of(
@@ -319,6 +348,13 @@ def _on_base(
     given = section.tokenizer if own else None
     beside = any((home / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     tokenizer = load_tokenizer(given or home) if given or beside else base.tokenizer
+    if own and section.resize_embeddings:
+        raise ModelError(
+            f"model.resize_embeddings: {source} is an adapter, which leaves its base's embedding "
+            "as it is; merge it first (jaxrlhf export --format merged)"
+        )
+    if own:
+        add_control_tokens(tokenizer, section.add_tokens)
     check_vocabulary(tokenizer, base.config.vocab_size)
     assert kind in ("lm", "reward")
     return dataclasses.replace(
@@ -349,7 +385,8 @@ def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str)
     if fresh is None or section.tokenizer is None or key is None:
         raise ModelError("model: give model.path, or model.init and model.tokenizer")
     tokenizer = load_tokenizer(section.tokenizer)
-    config = new_config(fresh, len(tokenizer))
+    add_control_tokens(tokenizer, section.add_tokens)
+    config = new_config(fresh, max(tokenizer.get_vocab().values()) + 1)
     check_vocabulary(tokenizer, config.vocab_size)
     where, _ = shardings(logical_axes(config), abstract_params(config), mesh)
     params = jax.jit(lambda key: init_params(key, config, param_dtype=dtype), out_shardings=where)(

@@ -1,109 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small commands around a model or a data set: export, report, chat, data show, data pairs."""
+"""Small commands around a model or a data set: report, chat, data show, data pairs."""
 
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.stages import (
     ChatConfig,
     DataPairsConfig,
     DataShowConfig,
-    ExportConfig,
     ReportConfig,
 )
 from jaxrlhf.data import pairs
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.show import show
-from jaxrlhf.data.tokenizer import decode_continuation, load_tokenizer
-from jaxrlhf.errors import ConfigError, ModelError
-from jaxrlhf.models.rows import row_logprobs, row_scores
-from jaxrlhf.models.weights import load_hf, save_hf
+from jaxrlhf.data.tokenizer import add_control_tokens, decode_continuation, load_tokenizer
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.report import write_report
 from jaxrlhf.sampling import make_sampler
-from jaxrlhf.stages.adapted import merged, write_adapter
 from jaxrlhf.stages.completions import stop_ids, without_stop
-from jaxrlhf.stages.models import Model, open_model
-from jaxrlhf.stages.reward import unused_token
+from jaxrlhf.stages.models import open_model
 from jaxrlhf.stages.rows import source_specs
 from jaxrlhf.stages.training import stage_key
-from jaxrlhf.train.digest import content_digest
-from jaxrlhf.types import LMBatch, Params
-
-
-def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
-    """A model as an HF folder (an adapter merged into it) or an adapter as a PEFT folder, read back
-    and compared bit by bit; merged weights also by the logits they give."""
-    model = open_model(config.model, mesh)
-    if config.format != "hf" and model.adapted is None:
-        raise ConfigError(
-            f"format = {config.format}: {model.source} is no adapter but a whole model; say hf"
-        )
-    folder = Path(config.output) if config.output else output / "export"
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: nothing there is overwritten; name another -o")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    if config.format == "peft":
-        assert model.adapted is not None
-        write_adapter(partial, model.params, model.adapted, model.config, model.kind)
-    else:
-        whole = model if model.adapted is None else merged(model, config.model.param_dtype)
-        if model.adapted is not None:
-            print(f"export: {merging_error(model, whole)}", flush=True)
-        save_hf(
-            partial,
-            whole.params,
-            model.config,
-            kind=model.kind,
-            pad_token_id=unused_token(model) if model.kind == "reward" else None,
-            hf_config=model.hf_config,
-        )
-        back = load_hf(partial, kind=model.kind)
-        if content_digest(back.params) != content_digest(whole.params):
-            raise ModelError(f"{partial}: the exported weights differ when read back")
-    model.tokenizer.save_pretrained(partial)
-    if folder.exists():
-        folder.rmdir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
-    print(f"export: {model.source} is in {folder}", flush=True)
-    return {}, []
-
-
-def merging_error(model: Model, whole: Model) -> str:
-    """How far a merged model's outputs are from those of base and adapter, on random tokens.
-
-    Raises:
-        ModelError: by more than rounding explains.
-    """
-    size = (4, min(64, model.config.max_positions))
-    tokens = jax.random.randint(jax.random.key(0), size, 0, model.config.vocab_size)
-    rows = LMBatch(
-        tokens,
-        jnp.broadcast_to(jnp.arange(size[1]), size),
-        jnp.ones(size, jnp.int32),
-        jnp.ones(size, bool),
-    )
-    outputs = row_scores if model.kind == "reward" else row_logprobs
-
-    @jax.jit
-    def difference(a: Params, b: Params) -> tuple[jax.Array, jax.Array]:
-        x, y = (outputs(params, model.config, model.runtime, rows) for params in (a, b))
-        return jnp.abs(x - y).max(), jnp.abs(x).max()
-
-    off, largest = map(float, difference(model.params, whole.params))
-    what = "scores" if model.kind == "reward" else "log-probs"
-    # Of rounding to float32, or to bfloat16 with its 8 bits.
-    bound = (1e-3 if model.runtime.dtype == "float32" else 0.1) * max(1.0, largest)
-    if not off <= bound:
-        raise ModelError(f"{model.source}: merged, its {what} are off by {off:.2g} ({bound:.2g})")
-    return f"merged, its {what} are within {off:.2g} of those of base and adapter"
 
 
 def report(config: ReportConfig, output: Path) -> tuple[dict[str, float], list[str]]:
@@ -163,9 +84,11 @@ def data_show(config: DataShowConfig) -> None:
         )
     run = Path(place) / "tokenizer"
     data = config.data
+    tokenizer = load_tokenizer(run if run.is_dir() else place)
+    add_control_tokens(tokenizer, config.model.add_tokens)
     show(
         source_specs(data.train),
-        load_tokenizer(run if run.is_dir() else place),
+        tokenizer,
         rows=config.rows,
         max_length=data.max_length,
         template=data.template,

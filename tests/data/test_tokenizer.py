@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from jaxrlhf.data.encode import encode_lm, encode_pairs
 from jaxrlhf.data.tokenizer import (
+    add_control_tokens,
     check_ids,
     check_vocabulary,
     codec,
@@ -196,3 +197,45 @@ def test_loading_says_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match=r"neither a path here .* nor reachable as a hub name"):
         load_tokenizer("nobody/nothing-of-this-name")
+
+
+def test_added_control_tokens_are_no_text(stories, tmp_path):
+    tokenizer = load_tokenizer(stories)
+    assert add_control_tokens(tokenizer, ["<|new|>", "<|new|>", "</s>"]) == ["<|new|>"]
+    new = len(tokenizer) - 1
+    assert tokenizer.convert_tokens_to_ids("<|new|>") == new == 512
+    assert new not in encode_text(tokenizer, "a <|new|> b")
+    kit = codec(tokenizer)
+    assert kit.encode([kit.alias("a<|new|>")])[0][-1] == new
+    tokenizer.save_pretrained(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert codec(again).control["<|new|>"] == new
+    assert tokenizer_digest(again) == tokenizer_digest(tokenizer)
+
+
+@pytest.mark.parametrize("name", ["GPT2Tokenizer", "GPTNeoXTokenizer"])
+@pytest.mark.parametrize("where", ["file", "config", "both"])
+def test_a_folder_gives_what_autotokenizer_gives(name, where, tmp_path):
+    """Family classes, and a chat template as a file of its own (which wins) or in the config."""
+    from transformers import AutoTokenizer
+
+    build("gpt2: no BOS, EOS").save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = {"tokenizer_class": name}  # special tokens are left to the class, as in gpt2's folder
+    if where != "file":
+        config["chat_template"] = "{{ 'config' }}"
+    if where != "config":
+        (tmp_path / "chat_template.jinja").write_text("{{ 'file' }}")
+    path.write_text(json.dumps(config))
+    ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    for text in ("a little girl named Lily", " 2 + 3?", "é\n\n x", ""):
+        assert ours(text)["input_ids"] == theirs(text)["input_ids"]
+    assert ours.chat_template == theirs.chat_template
+    assert ours.chat_template == ("{{ 'config' }}" if where == "config" else "{{ 'file' }}")
+    names = ("bos_token", "eos_token", "unk_token")
+    assert [getattr(ours, n) for n in names] == [getattr(theirs, n) for n in names]
+    assert ours.eos_token == "<|endoftext|>"
+    assert ours.pad_token is None, "a padding token that is not in the file is not made up"
+    assert codec(ours).control == {"<|endoftext|>": ours.eos_token_id}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": None}))
+    assert load_tokenizer(tmp_path).eos_token is None, "what the folder says counts"

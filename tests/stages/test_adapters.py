@@ -290,6 +290,10 @@ def test_exports(adapted, tmp_path, capsys):
     for form in ("hf", "merged", "peft"):
         api.export(model=str(adapted("reward")), format=form, output=str(tmp_path / form))
     assert "merged, its scores are within" in capsys.readouterr().out
+    for form, library in (("hf", "transformers"), ("peft", "peft")):
+        card = (tmp_path / form / "export" / "README.md").read_text()
+        assert f"library_name: {library}" in card
+        assert "- read back, it is the same bit for bit" in card
     merged = load_hf(tmp_path / "merged" / "export", kind="reward")
     assert merged.params["layers"]["mlp"]["up"].keys() == {"kernel"}
     found = opened(tmp_path / "hf")
