@@ -5,7 +5,7 @@ import re
 
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny import run
+from tiny import read_jsonl, run
 
 from jaxrlhf.errors import ModelError
 from jaxrlhf.stages import export
@@ -34,6 +34,23 @@ def test_they_compute_the_same(stage, form, tuned, tmp_path, capsys):
     )
     assert float(found[1]) < 1e-4
     assert f"- {found[0].removeprefix('export: ')}" in (tmp_path / "export/README.md").read_text()
+
+
+def test_transformers_generates_what_we_do(models, tmp_path):
+    import torch
+    import transformers
+
+    folder = models.base / "export"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    prompt = "My order is late"
+    keys = {"model": str(models.base), "prompt": [prompt]}
+    greedy = {"sampling.max_new_tokens": 12, "sampling.temperature": 0, "sampling.stop": []}
+    assert run("generate", tmp_path, **keys | greedy).exit_code == 0
+    [row] = read_jsonl(tmp_path / "completions.jsonl")
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]])
+    found = theirs.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert row["token_ids"] == found[0, ids.shape[1] :].tolist()
 
 
 def test_a_folder_that_computes_something_else_is_refused(models, tmp_path, monkeypatch):
