@@ -13,13 +13,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import ModelError
+from jaxrlhf.models.adapters import peft_beside
 from jaxrlhf.models.adapters.modules import Module, modules, projections
 from jaxrlhf.models.adapters.spec import Adapter, Placed
 from jaxrlhf.models.adapters.trees import at, join, put
@@ -39,6 +40,7 @@ Params = dict[str, Any]
 CONFIG, SINGLE = "adapter_config.json", "adapter_model.safetensors"
 INDEX = SINGLE + ".index.json"
 PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."  # of modules beside virtual tokens: PEFT wraps nothing there
 TASKS = {"CAUSAL_LM": "lm", "SEQ_CLS": "reward"}
 # In the header of our files: which weights the adapter was trained on (TensorFiles.digest).
 BASE_CONTENT = "base_content"
@@ -57,6 +59,9 @@ READ = {
         feedforward_modules fan_in_fan_out modules_to_save
         """.split()  # noqa: SIM905
     ),
+} | {
+    method: fields | {"peft_type", "task_type", "base_model_name_or_path", "modules_to_save"}
+    for method, fields in peft_beside.FIELDS.items()
 }
 # Fields that say how it was made or is handled, not what it computes.
 HARMLESS = frozenset(
@@ -113,7 +118,9 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"init_lora_weights = {start!r} changed the base: convert it with PEFT "
             "(path_initial_model_for_weight_conversion) first"
         )
-    if not peft.get("target_modules"):
+    if method in peft_beside.KINDS:
+        problems += peft_beside.config_problems(peft)
+    if not peft.get("target_modules") and method in ("LORA", "IA3", "BOTTLENECK"):
         problems.append("target_modules is missing or empty")
     if method == "LORA":
         for name, kind in (("r", int), ("lora_alpha", int | float)):
@@ -171,6 +178,9 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
     other = ("lm_head",) if heads else ("score",)
     known = [m for m in modules(config) if m.parts != other]
     saved = tuple(m for m in known if any(m.name(0).endswith(name) for name in names))
+    if own := peft_beside.KINDS.get(peft["peft_type"]):
+        shapes = peft_beside.shapes_of(peft, config, where)
+        return Adapter(cast(Any, own), (), saved, beside=shapes)
     placed = []
     for module in projections(config):
         there = [_is_target(peft, module.name(i), i) and module not in saved for i in layers]
@@ -224,13 +234,18 @@ def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, st
             yield f"{name}.lora_magnitude_vector", "dora_m", (out,)
 
 
+def _prefix(kind: str) -> str:
+    return PROMPT_PREFIX if kind in ("soft_prompt", "prefix") else PREFIX
+
+
 def _saved_tensors(adapter: Adapter, layers: int) -> Iterator[tuple[str, Any, Any, bool, Module]]:
     """(name there, layer or None, paths of our leaves, transposed, its module) of modules trained
     whole."""
+    prefix = _prefix(adapter.kind)
     for module in adapter.saved:
         for suffix, leaves, transpose in module.leaves:
             for layer in range(layers) if module.layered else (None,):
-                name = f"{PREFIX}{module.hf.format(layer=layer)}.{suffix}"
+                name = f"{prefix}{module.hf.format(layer=layer)}.{suffix}"
                 yield name, layer, leaves, transpose, module
 
 
@@ -259,7 +274,7 @@ def load_adapter(
     peft = read_adapter_config(folder)
     files = TensorFiles(folder, SINGLE, INDEX)
     try:
-        score = f"{PREFIX}score.weight"
+        score = f"{_prefix(peft_beside.KINDS.get(peft['peft_type'], ''))}score.weight"
         found = TASKS.get(peft.get("task_type") or "", "reward" if score in files.paths else "lm")
         if kind is not None and kind != found:
             names = {"lm": "a language model", "reward": "a reward model"}
@@ -291,7 +306,9 @@ def _check(
     folder: Path,
 ) -> None:
     """Exactly the tensors that the config implies, in the shapes that the base implies."""
-    expected: dict[str, tuple] = {}
+    expected: dict[str, tuple] = {
+        tensor.name: tensor.shape for tensor in peft_beside.stored_tensors(adapter.beside)
+    }
     for placed in adapter.placed:
         for layer in range(config.num_layers):
             expected |= {name: shape for name, _, shape in _own(adapter, placed, layer)}
@@ -331,6 +348,9 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
     def keep(path: str, value: np.ndarray) -> None:
         put(tree, path, jnp.asarray(value if dtype is None else value.astype(dtype)))
 
+    for tensor in peft_beside.stored_tensors(adapter.beside):
+        for path, leaf in zip(tensor.paths, tensor.leaves(whole(tensor.name)), strict=True):
+            keep(path, leaf)
     for placed in adapter.placed:
         module, rank = placed.module, max(placed.ranks)
         assert module.inputs is not None
@@ -427,6 +447,10 @@ def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator
             return value.reshape(shape)
         return value.T[tuple(map(slice, shape))]  # without what fills up smaller ranks
 
+    for one in peft_beside.stored_tensors(adapter.beside):
+        leaves = [at(params, path) for path in one.paths]
+        values = partial(lambda one, leaves: one.stored([fetch(x) for x in leaves]), one, leaves)
+        yield OutgoingTensor(one.name, one.shape, np.dtype(leaves[0].dtype), values)
     for placed in adapter.placed:
         parts = placed.module.parts
         for layer in range(config.num_layers):
@@ -468,10 +492,12 @@ def adapter_config(
     written: dict[str, Any] = {
         "task_type": next(task for task, name in TASKS.items() if name == kind),
         "base_model_name_or_path": base,
-        "fan_in_fan_out": any(placed.module.conv1d for placed in adapter.placed),
         "inference_mode": True,
         "modules_to_save": [end(module, loose=True) for module in adapter.saved] or None,
     }
+    if adapter.beside:
+        return written | peft_beside.config_of(adapter.kind, adapter.beside, config)
+    written["fan_in_fan_out"] = any(placed.module.conv1d for placed in adapter.placed)
     if adapter.kind == "ia3":
         return written | {
             "peft_type": "IA3",

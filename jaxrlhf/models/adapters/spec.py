@@ -7,6 +7,7 @@ Leaves are stacked over layers as the kernels are. Where layers differ in rank t
 filled up with zeros on both sides, which stay zero: neither side has a gradient there.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.adapters import apply
+from jaxrlhf.models.adapters.beside import Shapes, axes_beside, init_beside, shapes_beside
 from jaxrlhf.models.adapters.modules import (
     ALL_LINEAR,
     Module,
@@ -31,7 +33,8 @@ from jaxrlhf.models.adapters.trees import Path, at, join, put, split
 from jaxrlhf.models.config import ModelConfig
 
 Params = dict[str, Any]
-Kind = Literal["lora", "dora", "ia3"]
+Kind = Literal["lora", "dora", "ia3", "soft_prompt", "prefix", "bottleneck"]
+OF_PROJECTIONS = ("lora", "dora", "ia3")  # what can be merged into the base's matrices
 FIELD = "model.adapter"
 
 
@@ -46,6 +49,8 @@ class AdapterSpec:
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         rank_pattern, alpha_pattern: other values for the modules whose name matches.
         modules_to_save: modules that are trained whole beside the adapter.
+        virtual_tokens: n of a soft prompt or prefix.
+        width: r of a bottleneck, whose targets are `bottleneck.PLACES`.
     """
 
     kind: Kind = "lora"
@@ -57,6 +62,8 @@ class AdapterSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    virtual_tokens: int = 20
+    width: int = 64
 
 
 @dataclass(frozen=True)
@@ -74,19 +81,31 @@ class Placed:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of one architecture. `saved` are the modules that train whole."""
+    """An adapter of one architecture. `saved` are the modules that train whole; `beside` the paths
+    and shapes of leaves that belong to no projection (soft prompt, prefix, bottleneck)."""
 
     kind: Kind
     placed: tuple[Placed, ...]
     saved: tuple[Module, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
+    beside: Shapes = ()
+
+    @property
+    def merges(self) -> bool:
+        """Whether matrices of the base can hold what it does."""
+        return self.kind in OF_PROJECTIONS
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether how it starts depends on the base's weights."""
+        return self.kind in ("dora", "soft_prompt", "prefix")
 
     def trains(self, path: Path) -> bool:
         """Whether a leaf of the model's tree is trained."""
-        if path[-1] in apply.TRAINED:
-            return True
         whole = "/".join(path)
+        if path[-1] in apply.TRAINED or any(whole == own for own, _ in self.beside):
+            return True
         return any(whole in leaves for m in self.saved for _, leaves, _ in m.leaves)
 
     def split(self, params: Params) -> tuple[Params, Params]:
@@ -124,7 +143,7 @@ class Adapter:
 
     def count(self) -> int:
         """Numbers of its own that train, the zeros that fill up smaller ranks left out."""
-        total = 0
+        total = sum(math.prod(shape) for _, shape in self.beside)
         for placed in self.placed:
             module = placed.module
             assert module.inputs is not None
@@ -140,12 +159,7 @@ class Adapter:
 
     def same_shape(self, other: "Adapter") -> bool:
         """Whether another adapter's leaves could take this one's place."""
-        return (self.kind, self.placed, self.saved, self.rslora) == (
-            other.kind,
-            other.placed,
-            other.saved,
-            other.rslora,
-        )
+        return dataclasses.replace(self, dropout=other.dropout) == other
 
 
 def resolve(
@@ -160,6 +174,16 @@ def resolve(
         ConfigError: a name or pattern that means nothing in this model, or a module that cannot
             be trained whole.
     """
+    if spec.kind not in OF_PROJECTIONS:
+        beside = shapes_beside(
+            spec.kind,
+            config,
+            tokens=spec.virtual_tokens,
+            width=spec.width,
+            where=spec.targets,
+            field=field,
+        )
+        return Adapter(spec.kind, (), _saved(spec, config, heads, (), field), beside=beside)
     choices = projections(config)
     targets = spec.targets
     if not targets:
@@ -228,16 +252,29 @@ def _saved(
     return saved
 
 
-def init_adapter(key: jax.Array, adapter: Adapter, params: Params, dtype: str) -> Params:
-    """The adapter's own leaves: they change nothing yet.
+def init_adapter(
+    key: jax.Array,
+    adapter: Adapter,
+    params: Params,
+    dtype: str,
+    *,
+    config: ModelConfig | None = None,
+    text: tuple[int, ...] = (),
+) -> Params:
+    """The adapter's own leaves: they change nothing yet, but for virtual tokens.
 
     A is uniform within 1 / sqrt(in), as PEFT draws it, B zero; DoRA's magnitudes are the norms of
-    the base's columns, (IA)3's vectors one. Pure: jit it, or `jax.eval_shape` it.
+    the base's columns, (IA)3's vectors one. For the others see `beside.init_beside`. Pure: jit it,
+    or `jax.eval_shape` it.
 
     Args:
-        params: the model's tree; only DoRA reads it.
+        params: the model's tree; only DoRA, soft prompt and prefix read it.
         dtype: of the leaves that train.
+        config: the architecture; only soft prompt and prefix read it.
+        text: token ids that virtual tokens start from.
     """
+    if adapter.beside:
+        return init_beside(key, adapter.beside, params, dtype, config=config, text=text)
     found: Params = {}
     for placed in adapter.placed:
         module, ranks = placed.module, placed.ranks
@@ -270,13 +307,17 @@ def with_adapter_axes(axes: Params, params: Params) -> Params:
 
     The rank lives whole on every device; the other dimension where the kernel's does.
     """
+    return join(_beside_kernels(axes, params), axes_beside(params))
+
+
+def _beside_kernels(axes: Params, params: Params) -> Params:
     found = {}
     for key, value in axes.items():
         own = params.get(key)
         if not isinstance(value, dict) or not isinstance(own, dict):
             found[key] = value
             continue
-        found[key] = with_adapter_axes(value, own)
+        found[key] = _beside_kernels(value, own)
         if "kernel" not in value:
             continue
         *lead, inputs, out = value["kernel"]
