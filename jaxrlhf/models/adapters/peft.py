@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import ModelError
-from jaxrlhf.models.adapters import peft_beside
-from jaxrlhf.models.adapters.modules import Module, modules, projections
+from jaxrlhf.models.adapters import peft_beside, stacked
+from jaxrlhf.models.adapters.modules import Module, expert_modules, modules, projections
 from jaxrlhf.models.adapters.spec import Adapter, Placed
 from jaxrlhf.models.adapters.trees import at, join, put
 from jaxrlhf.models.config import ModelConfig
@@ -50,7 +50,7 @@ READ = {
         """
         peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
         exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora
-        use_dora fan_in_fan_out bias modules_to_save init_lora_weights
+        use_dora fan_in_fan_out bias modules_to_save init_lora_weights target_parameters
         """.split()  # noqa: SIM905
     ),
     "IA3": frozenset(
@@ -120,7 +120,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
         )
     if method in peft_beside.KINDS:
         problems += peft_beside.config_problems(peft)
-    if not peft.get("target_modules") and method in ("LORA", "IA3", "BOTTLENECK"):
+    targets = peft.get("target_modules") or peft.get("target_parameters")
+    if not targets and method in ("LORA", "IA3", "BOTTLENECK"):
         problems.append("target_modules is missing or empty")
     if method == "LORA":
         for name, kind in (("r", int), ("lora_alpha", int | float)):
@@ -147,7 +148,7 @@ def _targeted(peft: Mapping[str, Any], name: str, named: Any) -> bool:
 def _is_target(peft: Mapping[str, Any], name: str, layer: int) -> bool:
     if peft.get("exclude_modules") and _targeted(peft, name, peft["exclude_modules"]):
         return False
-    targets = peft["target_modules"]
+    targets = peft.get("target_modules") or []
     if isinstance(targets, str):
         return targets.lower() == "all-linear" or _targeted(peft, name, targets)
     if not _targeted(peft, name, targets):
@@ -182,8 +183,12 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
         shapes = peft_beside.shapes_of(peft, config, where)
         return Adapter(cast(Any, own), (), saved, beside=shapes)
     placed = []
-    for module in projections(config):
-        there = [_is_target(peft, module.name(i), i) and module not in saved for i in layers]
+    for module in (*projections(config), *expert_modules(config)):
+        if module.experts:
+            named = peft.get("target_parameters") or []
+            there = [_targeted(peft, module.name(i), named) for i in layers]
+        else:
+            there = [_is_target(peft, module.name(i), i) and module not in saved for i in layers]
         if not any(there):
             continue
         if peft["peft_type"] == "IA3":
@@ -200,7 +205,7 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
     if not placed:
         choices = ", ".join(sorted({m.short for m in projections(config)}))
         raise ModelError(
-            f"{where}: target_modules = {peft['target_modules']} names nothing in a "
+            f"{where}: target_modules = {peft.get('target_modules')} names nothing in a "
             f"{config.family} model, which has {choices}: is this another model's adapter?"
         )
     if peft["peft_type"] == "IA3":
@@ -220,6 +225,9 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
 def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, str, tuple]]:
     """(name there, our leaf, shape) of a module's own tensors in one layer."""
     module = placed.module
+    if module.experts:
+        yield from _own_of_experts(adapter, placed, layer)
+        return
     name = PREFIX + module.name(layer)
     inputs, out = module.inputs, sum(module.outputs)
     if adapter.kind == "ia3":
@@ -232,6 +240,17 @@ def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, st
         yield f"{name}.lora_B.weight", "lora_b", (out, rank)
         if adapter.kind == "dora":
             yield f"{name}.lora_magnitude_vector", "dora_m", (out,)
+
+
+def _own_of_experts(
+    adapter: Adapter, placed: Placed, layer: int
+) -> Iterator[tuple[str, str, tuple]]:
+    module, rank = placed.module, placed.ranks[layer]
+    others = [one.module for one in adapter.placed if one.ranks and one.ranks[layer]]
+    name = PREFIX + stacked.wrapper(module, others, layer)
+    if rank:
+        yield f"{name}.lora_A.weight", "lora_a", (module.experts * rank, module.inputs)
+        yield f"{name}.lora_B.weight", "lora_b", (sum(module.outputs), rank * module.experts)
 
 
 def _prefix(kind: str) -> str:
@@ -361,16 +380,20 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
             "ia3_in": (module.inputs,),
             "ia3_out": (sum(module.outputs),),
         }
-        stacked: dict[str, np.ndarray] = {}
+        lead = (layers, module.experts) if module.experts else (layers,)
+        found_layers: dict[str, np.ndarray] = {}
         for layer in range(layers):
             for name, leaf, _ in _own(adapter, placed, layer):
                 value = whole(name)
                 # [r, in] and [out, r] to ours; vectors lose the axis of length 1.
-                value = value.T if leaf.startswith("lora") else value.reshape(-1)
-                if leaf not in stacked:
-                    stacked[leaf] = np.zeros((layers, *shapes[leaf]), value.dtype)
-                stacked[leaf][(layer, *map(slice, value.shape))] = value
-        for leaf, value in stacked.items():
+                if module.experts:
+                    value = stacked.loaded(value, leaf, module.experts)
+                else:
+                    value = value.T if leaf.startswith("lora") else value.reshape(-1)
+                if leaf not in found_layers:
+                    found_layers[leaf] = np.zeros((*lead, *shapes[leaf]), value.dtype)
+                found_layers[leaf][(layer, *map(slice, value.shape))] = value
+        for leaf, value in found_layers.items():
             if leaf in ("lora_a", "ia3_in"):
                 keep(f"{module.parts[0]}/{leaf}", value)
             else:
@@ -442,7 +465,9 @@ def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator
 
         return OutgoingTensor(name, tuple(shape), np.dtype(leaves[0].dtype), values)
 
-    def own(value: np.ndarray, *, shape: tuple, leaf: str) -> np.ndarray:
+    def own(value: np.ndarray, *, shape: tuple, leaf: str, experts: int) -> np.ndarray:
+        if experts:
+            return stacked.stored(value, leaf, shape[0 if leaf == "lora_a" else 1] // experts)
         if not leaf.startswith("lora"):
             return value.reshape(shape)
         return value.T[tuple(map(slice, shape))]  # without what fills up smaller ranks
@@ -457,7 +482,7 @@ def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator
             for name, leaf, shape in _own(adapter, placed, layer):
                 holders = parts[:1] if leaf in ("lora_a", "ia3_in") else parts
                 leaves = [at(params, part)[leaf] for part in holders]
-                arrange = partial(own, shape=shape, leaf=leaf)
+                arrange = partial(own, shape=shape, leaf=leaf, experts=placed.module.experts)
                 yield tensor(name, shape, leaves, layer, arrange, placed.module)
     for name, layer, paths, transpose, module in _saved_tensors(adapter, config.num_layers):
         leaves = [at(params, path) for path in paths]
@@ -487,6 +512,8 @@ def adapter_config(
     everything = modules(config)
 
     def end(module: Module, *, loose: bool = False) -> str:
+        if module.experts:
+            return f"experts.{module.short}"
         return _ending(module, [m.name(0) for m in everything if m != module], loose=loose)
 
     written: dict[str, Any] = {
@@ -509,12 +536,13 @@ def adapter_config(
         counts.update((r, a) for r, a in zip(placed.ranks, placed.alphas, strict=True) if r)
     usual = counts.most_common(1)[0][0]
     targets: list[str] = []
+    parameters: list[str] = []
     patterns: dict[str, tuple[int, float]] = {}
     for placed in adapter.placed:
         each = list(zip(placed.ranks, placed.alphas, strict=True))
         module = placed.module
         there = [layer for layer, (rank, _) in enumerate(each) if rank]
-        targets += (
+        (parameters if module.experts else targets).extend(
             [end(module)] if len(there) == len(each) else [module.name(layer) for layer in there]
         )
         if len(set(each)) == 1:
@@ -532,6 +560,7 @@ def adapter_config(
         "bias": "none",
         "init_lora_weights": True,
         "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {name: rank for name, (rank, _) in patterns.items()},
         "alpha_pattern": {name: _whole(alpha) for name, (_, alpha) in patterns.items()},
     }

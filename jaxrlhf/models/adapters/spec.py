@@ -25,6 +25,7 @@ from jaxrlhf.models.adapters.modules import (
     Module,
     choose,
     described,
+    expert_modules,
     modules,
     pattern_of,
     projections,
@@ -97,6 +98,11 @@ class Adapter:
         return self.kind in OF_PROJECTIONS
 
     @property
+    def virtual_tokens(self) -> int:
+        """How many stand in front of every text."""
+        return self.beside[0][1][-2] if self.kind in ("soft_prompt", "prefix") else 0
+
+    @property
     def reads_base(self) -> bool:
         """Whether how it starts depends on the base's weights."""
         return self.kind in ("dora", "soft_prompt", "prefix")
@@ -129,6 +135,7 @@ class Adapter:
         return sum(
             (max(p.ranks) * len(p.ranks) - sum(p.ranks))
             * ((p.module.inputs or 0) + sum(p.module.outputs))
+            * (p.module.experts or 1)
             for p in self.placed
         )
 
@@ -152,7 +159,7 @@ class Adapter:
                 layers = len(placed.ranks)
                 total += layers * (module.inputs if placed.scales_input else out)
                 continue
-            total += sum(rank * (module.inputs + out) for rank in placed.ranks)
+            total += sum(placed.ranks) * (module.inputs + out) * (module.experts or 1)
             if self.kind == "dora":
                 total += out * len(placed.ranks)
         return total
@@ -184,16 +191,23 @@ def resolve(
             field=field,
         )
         return Adapter(spec.kind, (), _saved(spec, config, heads, (), field), beside=beside)
-    choices = projections(config)
+    plain = projections(config)
+    choices = (*plain, *expert_modules(config))
     targets = spec.targets
     if not targets:
         usual = ("k", "v", "down")
         targets = (
-            tuple(m.name(0) for m in choices if any(p.rsplit("/")[-1] in usual for p in m.parts))
+            tuple(m.name(0) for m in plain if any(p.rsplit("/")[-1] in usual for p in m.parts))
             if spec.kind == "ia3"
             else (ALL_LINEAR,)
         )
     chosen = choose(targets, choices, f"{field}.targets")
+    if any(m.experts for m in chosen) and (spec.kind != "lora" or spec.dropout):
+        what = f"kind = {spec.kind}" if spec.kind != "lora" else f"dropout = {spec.dropout}"
+        raise ConfigError(
+            f"{field}.{what}: on experts there is LoRA without dropout, as in PEFT; set that, or "
+            "leave the experts out of targets"
+        )
     saved = _saved(spec, config, heads, chosen, field)
     layers = range(config.num_layers)
     for name, patterns in (
@@ -286,14 +300,16 @@ def init_adapter(
                 name = "ia3_in" if placed.scales_input else "ia3_out"
                 leaves = {name: jnp.ones((layers, size), dtype)}
             else:
-                leaves = {"lora_b": jnp.zeros((layers, rank, out), dtype)}
+                lead = (layers, module.experts) if module.experts else (layers,)
+                leaves = {"lora_b": jnp.zeros((*lead, rank, out), dtype)}
                 if n == 0:
                     own = jax.random.fold_in(key, zlib.crc32(part.encode()))
                     bound = module.inputs**-0.5
-                    shape = (layers, module.inputs, rank)
+                    shape = (*lead, module.inputs, rank)
                     a = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
                     real = jnp.arange(rank) < jnp.asarray(ranks)[:, None]
-                    leaves["lora_a"] = jnp.where(real[:, None, :], a, 0).astype(dtype)
+                    real = real.reshape(layers, *(1,) * (len(lead)), rank)
+                    leaves["lora_a"] = jnp.where(real, a, 0).astype(dtype)
                 if adapter.kind == "dora":
                     kernel = at(params, part)["kernel"].astype(jnp.float32)
                     leaves["dora_m"] = jnp.sqrt(jnp.sum(kernel * kernel, axis=-2)).astype(dtype)
@@ -324,7 +340,7 @@ def _beside_kernels(axes: Params, params: Params) -> Params:
         names = {
             "lora_a": (*lead, inputs, None),
             "lora_b": (*lead, None, out),
-            "lora_scale": (*lead,),
+            "lora_scale": tuple(lead[:1]),  # one for all experts
             "dora_m": (*lead, out),
             "ia3_in": (*lead, inputs),
             "ia3_out": (*lead, out),

@@ -8,15 +8,20 @@ from functools import lru_cache
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model_rows import CONFIGS, RUNTIME, batch, logits, params, random_rows
+from model_rows import CONFIGS, LLAMA, RUNTIME, assert_same_bits, batch, logits, params, random_rows
 
+from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.models import heads
+from jaxrlhf.models.adapters.peft import adapter_of, load_adapter, save_adapter
 from jaxrlhf.models.adapters.spec import AdapterSpec, init_adapter, resolve
 from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.adapters.virtual import virtual_tokens
+from jaxrlhf.models.transformer import decode_step, prefill, split_layers
 
 SPECS = {
     "soft_prompt": AdapterSpec(kind="soft_prompt", virtual_tokens=5),
