@@ -22,7 +22,8 @@ def model_card(
     """README.md of the exported folder: what it is, how it was made, how to use it."""
     reward = recipe.kind == "reward"
     adapted = recipe.adapted
-    library = "transformers" if adapted is None else "peft"
+    ours = adapted is not None and adapted.adapter.kind == "bottleneck"  # PEFT has none
+    library = "transformers" if adapted is None else "jaxrlhf" if ours else "peft"
     front = ["---", f"library_name: {library}", "tags:", "- jaxrlhf", f"- {command}", "---"]
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     lines = [
@@ -32,10 +33,9 @@ def model_card(
         "",
         f"Method: {METHODS[command]}. Starting point: `{_origin(config)}`.",
         "",
+        *(["PEFT has no bottleneck adapters and cannot read this folder.", ""] if ours else []),
         "```python",
-        f"from transformers import AutoTokenizer, {auto}",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        *_loading(auto, recipe),
+        *_loading(auto, recipe, ours),
         "```",
         "",
     ]
@@ -47,6 +47,12 @@ def model_card(
             "read at the end-of-text token: append it to the text.",
             "",
         ]
+    if reward and adapted is not None and adapted.adapter.kind == "soft_prompt":
+        lines += [
+            "PEFT hands transformers embeddings instead of ids here, so that it reads the score at "
+            "the last position, padding or not: give it one text at a time.",
+            "",
+        ]
     rows = _rows(metrics)
     if rows:
         lines += ["## Figures at the end of training", "", "| metric | value |", "|---|---|", *rows]
@@ -55,12 +61,19 @@ def model_card(
     return "\n".join(lines)
 
 
-def _loading(auto: str, recipe: Recipe) -> list[str]:
+def _loading(auto: str, recipe: Recipe, ours: bool) -> list[str]:
     """The lines that load the model."""
+    if ours:
+        return ["import jaxrlhf", "model = jaxrlhf.load(folder)"]
+    tokenizer = [
+        f"from transformers import AutoTokenizer, {auto}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
     if recipe.adapted is None:
-        return [f"model = {auto}.from_pretrained(folder)"]
+        return [*tokenizer, f"model = {auto}.from_pretrained(folder)"]
     labels = ", num_labels=1" if recipe.kind == "reward" else ""
     lines = [
+        *tokenizer,
         "from peft import PeftModel",
         f"base = {auto}.from_pretrained({recipe.adapted.named()!r}{labels})",
         "model = PeftModel.from_pretrained(base, folder)",

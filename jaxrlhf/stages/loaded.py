@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from jaxrlhf.config.stages import GenerateConfig, ScoreConfig
 from jaxrlhf.data.encode import encode_lm
 from jaxrlhf.data.tokenizer import tokenizer_digest
+from jaxrlhf.errors import ModelError
+from jaxrlhf.models.weights import KIND_NAMES
 from jaxrlhf.parallel.rules import use_mesh
 from jaxrlhf.stages.completions import make_completer
 from jaxrlhf.stages.generate import prompts_of
@@ -55,7 +57,13 @@ class LoadedModel:
         return LoadedModel(model, self._config, self._mesh, self._programs)
 
     def generate(self, config: GenerateConfig) -> list[str]:
-        """Completions of the configuration's prompts."""
+        """Completions of the configuration's prompts.
+
+        Raises:
+            ModelError: it is a reward model.
+        """
+        if self.model.kind != "lm":
+            raise ModelError(f"{self.model.source} is {KIND_NAMES['reward']}: score with it")
         sampling = config.sampling
         key = ("sample", self._tokenizer, self.model.stop_ids, sampling.model_dump_json())
         with use_mesh(self._mesh):

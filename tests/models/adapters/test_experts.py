@@ -101,10 +101,14 @@ CASES = {
     },
     "qwen3_moe": {"rank": 2, "targets": ("k", "experts")},
 }
+FAST = "with attention"
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [c if c == FAST else pytest.param(c, marks=pytest.mark.slow) for c in CASES],
+)
 def test_peft_computes_the_same_and_folders_keep_every_bit(case, tmp_path):
     import peft
     import torch

@@ -23,6 +23,10 @@ ALIKE = 1e-4
 KINDS = ("soft_prompt", "prefix")
 
 
+def slow(case):
+    return pytest.param(case, marks=pytest.mark.slow)
+
+
 def theirs_on(rows, model, skip=0):
     import torch
 
@@ -52,7 +56,7 @@ def adapted(name, kind, head=()):
 
 
 # gemma3 has windows, and scales the embeddings of tokens but not of virtual ones.
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("name", ["llama", slow("gpt2"), slow("gemma3")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_computes_what_ours_does(kind, name, tmp_path):
     import peft
@@ -72,7 +76,7 @@ def test_peft_computes_what_ours_does(kind, name, tmp_path):
     assert adapter.count() == sum(p.numel() for p in theirs.prompt_encoder.parameters())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", [slow("llama"), "gpt2"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_we_compute_what_pefts_does(kind, name, tmp_path):
     import peft
@@ -92,7 +96,7 @@ def test_we_compute_what_pefts_does(kind, name, tmp_path):
     compare(found.adapter.on(ours.params, found.leaves), ours.config, rows, want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["soft_prompt", slow("prefix")])
 def test_reward_models_go_both_ways(kind, tmp_path):
     import peft
     import transformers

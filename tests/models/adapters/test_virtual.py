@@ -29,6 +29,8 @@ SPECS = {
     "bottleneck": AdapterSpec(kind="bottleneck", width=3),
 }
 VIRTUAL = ("soft_prompt", "prefix")
+SLOW = pytest.mark.slow
+OTHERS = [name for name in CONFIGS if name != "gemma3"]
 TEXT = (7, 11, 4)  # repeated to 5 tokens
 ROWS = random_rows(2, (9, 6))
 
@@ -65,7 +67,7 @@ def packed():
     return tokens, positions, segments
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["gemma3", *(pytest.param(n, marks=SLOW) for n in OTHERS)])
 @pytest.mark.parametrize("kind", VIRTUAL)
 def test_virtual_tokens_of_a_text_are_that_text_in_front_of_every_segment(kind, name):
     """The base reads the text as tokens; windows and positions count it."""
@@ -102,7 +104,7 @@ def cached_logits(name, length, start):
     return program
 
 
-@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt2", marks=SLOW)])
 @pytest.mark.parametrize("kind", SPECS)
 def test_cached_decoding_is_the_full_forward_pass(kind, name):
     _, base, whole = trained(name, kind)
