@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from jaxrlhf.api import evaluate as evaluate
     from jaxrlhf.api import export as export
     from jaxrlhf.api import generate as generate
+    from jaxrlhf.api import load as load
     from jaxrlhf.api import ppo as ppo
     from jaxrlhf.api import pretrain as pretrain
     from jaxrlhf.api import reward as reward
@@ -22,6 +23,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "generate",
+    "load",
     "ppo",
     "pretrain",
     "reward",
@@ -40,6 +42,7 @@ __all__ = [
     "evaluate",
     "export",
     "generate",
+    "load",
     "ppo",
     "pretrain",
     "reward",

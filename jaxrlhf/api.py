@@ -71,6 +71,80 @@ class Run:
         return f"Run({str(self.path)!r}, exit_code={self.exit_code})"
 
 
+class Loaded:
+    """A model that stays open. Adapters on it are swapped without reading the base again, and run
+    the programs that others of their shape compiled:
+
+        base = jaxrlhf.load("runs/base")
+        terse, kind = base.with_adapter("runs/terse"), base.with_adapter("runs/kind")
+        terse.generate("Where is my order?"), kind.generate("Where is my order?")
+    """
+
+    def __init__(self, loaded: Any, keys: dict[str, Any]):
+        self._loaded, self._keys = loaded, keys
+
+    def with_adapter(self, folder: File) -> Loaded:
+        """The base of this model with another adapter: of a finished run, or a PEFT folder.
+
+        Raises:
+            ModelError: it is no adapter, or was trained on other weights.
+        """
+        return Loaded(self._loaded.with_adapter(os.fspath(folder)), self._keys)
+
+    def generate(self, prompt: str | list[str], **sampling: Any) -> Any:
+        """Completions: a text for a text, a list for a list.
+
+        Args:
+            sampling: temperature, top_k, top_p, min_p, max_new_tokens, stop.
+        """
+        from jaxrlhf.config.load import load as read
+
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        keys = {f"sampling.{name}": value for name, value in sampling.items()}
+        found = self._loaded.generate(
+            read("generate", keywords={**self._keys, "prompt": texts, **keys})
+        )
+        return found[0] if isinstance(prompt, str) else found
+
+    def score(self, prompt: str | list[str], completion: str | list[str], **keys: Any) -> Any:
+        """Log-probs of completions, nats, summed over tokens; of a reward model its rewards. A
+        number for a text, a list for a list.
+
+        Args:
+            keys: max_length, append_eos (true for a reward model's finished texts), batch_size.
+        """
+        from jaxrlhf.config.load import load as read
+
+        single = isinstance(prompt, str)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        completions = [completion] if isinstance(completion, str) else list(completion)
+        config = read("score", keywords={**self._keys, "data": ["none"], **keys})
+        found = self._loaded.score(config, prompts, completions)
+        return found[0] if single else found
+
+    def __repr__(self) -> str:
+        return f"Loaded({self._loaded.model.source!r})"
+
+
+def load(model: File, **keys: Any) -> Loaded:
+    """Opens a model once, to generate and score with it and with adapters of it; see `Loaded`.
+
+    Args:
+        model: a run, a folder or a hub name.
+        keys: e.g. `**{"model.dtype": "bfloat16", "mesh.fsdp": 8}`.
+    """
+    from jaxrlhf.cli import prepare
+    from jaxrlhf.config.load import load as read
+
+    keys = {"model.path": os.fspath(model), **keys}
+    config = read("generate", keywords={**keys, "prompt": ["x"]})
+    prepare(config)
+    from jaxrlhf.parallel.mesh import make_mesh
+    from jaxrlhf.stages import loaded
+
+    return Loaded(loaded.load(config, make_mesh(**config.mesh.model_dump())), keys)
+
+
 def stage(
     command: str,
     config: File | Iterable[File] = (),

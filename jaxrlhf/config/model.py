@@ -63,11 +63,26 @@ class AdapterSection(Section):
     """Few new weights that train in the place of the model's own, which stay as they are.
 
     lora: rank r matrices beside the model's (arXiv:2106.09685); dora: with magnitudes of their
-    own (arXiv:2402.09353); ia3: one vector each (arXiv:2205.05638). `model.lora` is short for
-    `model.adapter`.
+    own (arXiv:2402.09353); ia3: one vector each (arXiv:2205.05638); soft_prompt: embeddings in
+    front of every text (arXiv:2104.08691); prefix: keys and values there, in every layer
+    (arXiv:2101.00190); bottleneck: narrow mlps after attention and mlp (arXiv:1902.00751).
+    `model.lora` is short for `model.adapter`.
     """
 
-    kind: Literal["lora", "dora", "ia3"] = Field(default="lora", description="what is added")
+    # Of which kinds a setting is, where not of all.
+    only_of: ClassVar[dict[str, tuple[str, ...]]] = {
+        **dict.fromkeys(
+            ("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern"),
+            ("lora", "dora"),
+        ),
+        **dict.fromkeys(("targets", "modules_to_save"), ("lora", "dora", "ia3", "bottleneck")),
+        **dict.fromkeys(("virtual_tokens", "init_text"), ("soft_prompt", "prefix")),
+        "width": ("bottleneck",),
+    }
+
+    kind: Literal["lora", "dora", "ia3", "soft_prompt", "prefix", "bottleneck"] = Field(
+        default="lora", description="what is added"
+    )
     rank: Positive = Field(default=16, description="lora, dora: r, the rank of what is added")
     alpha: PositiveFloat | None = Field(
         default=None, description="lora, dora: what is added counts alpha / r; null = 2 r"
@@ -75,7 +90,8 @@ class AdapterSection(Section):
     targets: Names = Field(
         default_factory=list,
         description="projections, by our name (q) or transformers' (q_proj); all-linear = every "
-        "one but the heads; [] = that, or for ia3 k, v and down",
+        "one but the heads; [] = that, or for ia3 k, v and down; bottleneck: attention, mlp; "
+        "[] = both",
     )
     dropout: Rate = Field(
         default=0.0, description="lora, dora: share of their inputs left out while training"
@@ -94,12 +110,22 @@ class AdapterSection(Section):
         default_factory=list,
         description="modules that train whole beside it; new heads always do",
     )
+    virtual_tokens: Positive = Field(
+        default=20, description="soft_prompt, prefix: how many stand in front of every text"
+    )
+    init_text: str | None = Field(
+        default=None,
+        description="soft_prompt, prefix: the text they start as, repeated or cut to "
+        "virtual_tokens; null = tokens drawn from the vocabulary",
+    )
+    width: Positive = Field(default=64, description="bottleneck: numbers between down and up")
 
     def contradictions(self) -> Iterator[str]:
-        if self.kind == "ia3":
-            for key in ("rank", "alpha", "dropout", "rslora", "rank_pattern", "alpha_pattern"):
-                if key in self.model_fields_set and getattr(self, key) != self.default_of(key):
-                    yield f"{key} is of lora and dora: (IA)3 is one vector; leave it out"
+        for key, kinds in self.only_of.items():
+            if self.kind in kinds or key not in self.model_fields_set:
+                continue
+            if getattr(self, key) != self.default_of(key):
+                yield f"{key} is of {' and '.join(kinds)}: {self.kind} has none; leave it out"
 
     @classmethod
     def default_of(cls, key: str) -> object:

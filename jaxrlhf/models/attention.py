@@ -49,6 +49,8 @@ def attend_rows(
     block: int = 64,
     window: int | jax.Array | None = None,
     cap: float | None = None,
+    prefix: LayerCache | None = None,
+    before: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of whole rows: q [B,K,G,T,H] (already scaled), k, v [B,K,T,H] -> [B,K,G,T,H].
 
@@ -59,6 +61,8 @@ def attend_rows(
         window: a token sees itself and the window - 1 tokens before it. An int saves the work of
             the keys before; an array (layers that differ, in one scan) only masks them.
         cap: see `ops.softcap`.
+        prefix: {"k", "v": [K,n,H]} of virtual tokens in front of every segment; only if causal.
+        before: int [B,T], a token's own position, without the n: what a window counts on.
     """
     length = q.shape[3]
     if not causal:
@@ -73,8 +77,19 @@ def attend_rows(
         mask &= back >= 0
         if window is not None:
             mask &= back < window
-        keys = slice(first, end)
-        outputs.append(_attend(q[:, :, :, start:end], k[:, :, keys], v[:, :, keys], mask, cap))
+        keys, values = k[:, :, first:end], v[:, :, first:end]
+        if prefix is not None and before is not None:
+            keys, values = (
+                jnp.concatenate([jnp.broadcast_to(own, (x.shape[0], *own.shape)), x], axis=2)
+                for own, x in ((prefix["k"], keys), (prefix["v"], values))
+            )
+            count = prefix["k"].shape[1]
+            since = before[:, start:end, None] + count - jnp.arange(count)
+            near = jnp.broadcast_to(segment_ids[:, start:end, None] > 0, since.shape)
+            if window is not None:
+                near &= since < window
+            mask = jnp.concatenate([near, mask], axis=2)
+        outputs.append(_attend(q[:, :, :, start:end], keys, values, mask, cap))
     return outputs[0] if len(outputs) == 1 else jnp.concatenate(outputs, axis=3)
 
 
@@ -126,8 +141,10 @@ class Attention(nn.Module):
         q *= (c.query_scale or c.head_size) ** -0.5
         return q.reshape(*lead, c.kv_heads, c.num_heads // c.kv_heads, c.head_size), k, v
 
-    def __call__(self, x, angles, segment_ids, window=None, causal: bool = True):
-        """Whole rows: x [B,T,D] -> (out [B,T,D], {"k", "v": [B,K,T,H]})."""
+    def __call__(
+        self, x, angles, segment_ids, window=None, causal: bool = True, prefix=None, before=None
+    ):
+        """Whole rows: x [B,T,D] -> (out [B,T,D], {"k", "v": [B,K,T,H]} without the prefix's)."""
         q, k, v = self._project(x, angles)
         q, k, v = q.transpose(0, 2, 3, 1, 4), k.swapaxes(1, 2), v.swapaxes(1, 2)
         out = attend_rows(
@@ -139,6 +156,8 @@ class Attention(nn.Module):
             block=self.runtime.attention_block,
             window=window,
             cap=self.config.attention_softcap,
+            prefix=prefix,
+            before=before,
         )
         out = out.transpose(0, 3, 1, 2, 4).reshape(*x.shape[:2], -1)
         return self.o(constrain(out, "act_heads")), {"k": k, "v": v}

@@ -6,13 +6,14 @@ row never depends on the rows beside it. Tokens are sorted by expert and multipl
 (`jax.lax.ragged_dot`).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters import apply as adapters
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare
 
@@ -44,8 +45,17 @@ def balance_loss(routing: Routing, tokens: jax.Array) -> jax.Array:
     return experts * jnp.sum(share * routing.weight.sum(0) / total)
 
 
+def multiply_groups(x: jax.Array, kernels: jax.Array, sizes: jax.Array) -> jax.Array:
+    """x [n, in], the first sizes[0] rows by kernels [E, in, out] of expert 0, and so on; in x's
+    dtype, accumulated in float32 at least."""
+    accumulate = jnp.promote_types(x.dtype, jnp.float32)
+    y = jax.lax.ragged_dot(x, kernels.astype(x.dtype), sizes, preferred_element_type=accumulate)
+    return y.astype(x.dtype)
+
+
 class Grouped(nn.Module):
-    """One projection for each expert: rows sorted by expert, [n, in] to [n, features].
+    """One projection for each expert, and what is added to it: rows sorted by expert, [n, in] to
+    [n, features].
 
     Attributes:
         axes: logical names of the kernel's last two dimensions; the first is "experts".
@@ -59,13 +69,24 @@ class Grouped(nn.Module):
     param_dtype: str = "float32"
 
     @nn.compact
-    def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, sizes: jax.Array, first: dict[str, jax.Array] | None = None
+    ) -> jax.Array:
+        """first: the leaves of the projection that this one shares its A with."""
         init = nn.initializers.normal(self.scale / np.sqrt(x.shape[-1]))
         shape = (self.experts, x.shape[-1], self.features)
         kernel = declare(self, "kernel", init, ("experts", *self.axes), shape, self.param_dtype)
-        accumulate = jnp.promote_types(x.dtype, jnp.float32)
-        y = jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes, preferred_element_type=accumulate)
-        return y.astype(x.dtype)
+        y = multiply_groups(x, kernel, sizes)
+        own: dict[str, Any] = {
+            name: self.get_variable("params", name)
+            for name in adapters.NAMES  # found, never declared
+            if self.has_variable("params", name)
+        }
+        if "lora_b" not in own:
+            return y
+        own = adapters.borrow(own, first or {})
+        added = multiply_groups(multiply_groups(x, own["lora_a"], sizes), own["lora_b"], sizes)
+        return y + added * own["lora_scale"].astype(y.dtype)
 
 
 class Experts(nn.Module):
@@ -101,7 +122,9 @@ class Experts(nn.Module):
         order = jnp.argsort(chosen.reshape(-1), stable=True)
         sizes = jnp.bincount(chosen.reshape(-1), length=c.num_experts)
         rows = tokens[order // c.experts_per_token]
-        hidden = ACTIVATIONS[c.activation](self.gate(rows, sizes)) * self.up(rows, sizes)
+        gate = self.gate(rows, sizes)
+        first: Any = self.get_variable("params", "gate")
+        hidden = ACTIVATIONS[c.activation](gate) * self.up(rows, sizes, first)
         out = self.down(hidden, sizes)[jnp.argsort(order)]
         out = out.reshape(*weights.shape, c.hidden_size)
         y = jnp.einsum("nkd,nk->nd", out, weights.astype(out.dtype)).reshape(x.shape)

@@ -24,7 +24,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters.bottleneck import bottleneck
 from jaxrlhf.models.adapters.merging import merge
+from jaxrlhf.models.adapters.virtual import (
+    PREFIX,
+    SOFT_PROMPT,
+    stored_prefix,
+    virtual_tokens,
+)
 from jaxrlhf.models.attention import Attention, LayerCache
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.experts import Experts, Routing
@@ -95,12 +102,21 @@ class Block(nn.Module):
 
     def _feed_forward(self, x, real=None):
         """(what the mlp or the experts add, Routing or None)."""
-        return self.experts(x, real) if self.config.num_experts else (self.mlp(x), None)
+        y, routing = self.experts(x, real) if self.config.num_experts else (self.mlp(x), None)
+        return self._narrowed(y, "mlp_bottleneck"), routing
+
+    def _narrowed(self, y, name: str):
+        """What a branch adds, through its bottleneck adapter where it has one."""
+        if not self.has_variable("params", name):  # found, never declared
+            return y
+        leaves: Any = self.get_variable("params", name)
+        return bottleneck(y, leaves)
 
     def _add(self, x, attend, at, real=None):
         """Both branches onto x. attend: normed x -> (out, more); at: states where x lives."""
         kind = self.config.block
         out, more = attend(x if kind == "post" else self.attention_norm(x))
+        out = self._narrowed(out, "attention_bottleneck")
         if kind in ("post", "both"):
             out = self.attention_post_norm(out)
         if kind == "parallel":
@@ -118,12 +134,15 @@ class Block(nn.Module):
             return angles, self.config.window
         return tuple(part[kind.rope] for part in angles), kind.window
 
-    def __call__(self, x, angles, segment_ids, kind=None):
-        """Whole rows: x [B,T,D] -> (x, ({"k", "v": [B,K,T,H]} if collect, Routing if route))."""
+    def __call__(self, x, angles, segment_ids, kind=None, prefix=None, before=None):
+        """Whole rows: x [B,T,D] -> (x, ({"k", "v": [B,K,T,H]} if collect, Routing if route)).
+
+        prefix, before: see `attention.attend_rows`.
+        """
         angles, window = self._own(angles, kind)
 
         def attend(x):
-            return self.attention(x, angles, segment_ids, window, self.causal)
+            return self.attention(x, angles, segment_ids, window, self.causal, prefix, before)
 
         real = segment_ids > 0 if self.route else None
         x, cache, routing = self._add(x, attend, lambda x: constrain(x, "act_embed"), real)
@@ -165,7 +184,7 @@ class Decoder(nn.Module):
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0)),
+            in_axes=cast(Any, (nn.broadcast, nn.broadcast, 0, 0, nn.broadcast)),
             length=c.num_layers,
             unroll=c.num_layers if r.unroll is True else min(r.unroll, c.num_layers),
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -178,22 +197,42 @@ class Decoder(nn.Module):
         x = self.embed(tokens)
         if c.embedding_scale:  # rounded to the dtype of x, as the families that do this have it
             x *= jnp.asarray(c.hidden_size**0.5, x.dtype)
-        if c.position == "learned":
+        return self.place_at(x, positions)
+
+    def place_at(self, x, positions):
+        """The same of what is embedded already."""
+        if self.config.position == "learned":
             return x + self.position_embed(positions), None
-        return x, rope_angles(c, positions)
+        return x, rope_angles(self.config, positions)
+
+    def place_soft_prompt(self):
+        """`start` of the soft prompt: one row [1,n,D]."""
+        x: Any = self.get_variable("params", "embed")[SOFT_PROMPT]
+        x = x.astype(self.runtime.dtype)[None]
+        return self.place_at(x, jnp.arange(x.shape[1])[None])
 
     def finish(self, x):
         """The final norm."""
         return self.final_norm(x)
 
-    def __call__(self, tokens, positions, segment_ids):
+    def __call__(self, tokens, positions, segment_ids, prefix=None, before=None):
         """-> (hidden [B,T,D], (cache, Routing), stacked over layers; None what is not asked for)"""
         x, angles = self.start(tokens, positions)
+        x, more = self.through(x, angles, segment_ids, prefix, before)
+        return self.finish(x), more
+
+    def through(self, x, angles, segment_ids, prefix=None, before=None):
+        """What is embedded already, through the layers."""
         kinds = layer_kinds(self.config)
         if kinds is not None:
             kinds = LayerKind(*(jnp.asarray(each) for each in zip(*kinds, strict=True)))
-        x, more = self.layers(constrain(x, "act_embed"), angles, segment_ids, kinds)
-        return self.finish(x), more
+        x = constrain(x, "act_embed")
+        return self.layers(x, angles, segment_ids, kinds, prefix, before)
+
+    def read_soft_prompt(self):
+        """The soft prompt's (states [1,n,D], (cache, None))."""
+        x, angles = self.place_soft_prompt()
+        return self.through(x, angles, jnp.ones(x.shape[:2], jnp.int32))
 
 
 class WithHeads(nn.Module):
@@ -321,29 +360,69 @@ def _run(
     causal=True,
     collect=False,
     route=False,
+    prefix=None,
 ) -> tuple[Any, Any, Any]:
     """(hidden [B,T,D]; keys and values stacked [L,...] or a tuple over layers, or None; Routing
-    [L,E] or None)."""
-    if config.window is not None and not causal:
-        raise ValueError("a model with a window reads from left to right: causal must be true")
+    [L,E] or None). prefix: `read_virtual_tokens`, if it is there already."""
+    if prefix is None:
+        prefix = read_virtual_tokens(params, config, runtime)
+    if (config.window is not None or prefix is not None) and not causal:
+        what = "a window" if prefix is None else "virtual tokens"
+        raise ValueError(f"a model with {what} reads from left to right: causal must be true")
     tokens, positions = _clean(tokens, positions, segment_ids)
+    before = None
+    if prefix is not None:
+        before, positions = positions, positions + virtual_tokens(params)
     decoder = Decoder(config, runtime, causal, collect, route)
     if not isinstance(params["layers"], (tuple, list)):
-        both: Any = decoder.apply({"params": params}, tokens, positions, segment_ids)
+        both: Any = decoder.apply(
+            {"params": params}, tokens, positions, segment_ids, prefix, before
+        )
         hidden, (cache, routing) = both
         return hidden, cache, routing
     outer = {"params": _outer(params)}
     x, angles = _start(decoder, outer, tokens, positions)
-    block = Block(config, runtime, causal, collect, route)
+    x, caches, routings = _through(decoder, params, x, angles, segment_ids, prefix, before)
+    routing = jax.tree.map(lambda *each: jnp.stack(each), *routings) if route else None
+    return _finish(decoder, outer, x), caches, routing
+
+
+def _through(decoder: Decoder, params, x, angles, segment_ids, prefix=None, before=None):
+    """Through layers that are a tuple: (x, caches of each, Routing of each)."""
+    config = decoder.config
+    block = Block(config, decoder.runtime, decoder.causal, decoder.collect, decoder.route)
     kinds = layer_kinds(config) or [None] * config.num_layers
+    prefixes = prefix or [None] * config.num_layers
     caches, routings = [], []
-    for layer, kind in zip(params["layers"], kinds, strict=True):
-        both: Any = block.apply({"params": layer}, x, angles, segment_ids, kind)
+    for layer, kind, own in zip(params["layers"], kinds, prefixes, strict=True):
+        both: Any = block.apply({"params": layer}, x, angles, segment_ids, kind, own, before)
         x, (cache, routing) = both
         caches.append(cache)
         routings.append(routing)
-    routing = jax.tree.map(lambda *each: jnp.stack(each), *routings) if route else None
-    return _finish(decoder, outer, x), tuple(caches), routing
+    return x, tuple(caches), routings
+
+
+def read_virtual_tokens(params: Params, config: ModelConfig, runtime: Runtime) -> Any:
+    """Keys and values of what stands in front of every text (adapters/virtual.py): {"k", "v"}
+    [L,K,n,H], or a tuple over layers as the layers are; None where nothing does."""
+    layers = params["layers"]
+    split = isinstance(layers, (tuple, list))
+    if SOFT_PROMPT in params["embed"]:
+        decoder = Decoder(config, runtime, collect=True)
+        if not split:
+            both: Any = decoder.apply({"params": params}, method="read_soft_prompt")
+            return {name: leaf[:, 0] for name, leaf in both[1][0].items()}
+        both: Any = decoder.apply({"params": _outer(params)}, method="place_soft_prompt")
+        ones = jnp.ones(both[0].shape[:2], jnp.int32)
+        _, caches, _ = _through(decoder, params, *both, ones)
+        return tuple({name: leaf[0] for name, leaf in cache.items()} for cache in caches)
+    if PREFIX[0] not in (layers[0] if split else layers)["attention"]:
+        return None
+    if split:
+        return tuple(
+            stored_prefix(layer["attention"], config.kv_heads, runtime.dtype) for layer in layers
+        )
+    return stored_prefix(layers["attention"], config.kv_heads, runtime.dtype)
 
 
 def hidden_states(
@@ -443,19 +522,15 @@ def prefill(
     """Reads right-padded prompts [B, P]: (hidden [B, P, D], cache of `cache_length` >= P columns).
 
     Prompt token p of a row lies in column p; the columns of its padding hold nothing to attend to
-    (leave them out of `cache_mask`), those after P are zero.
+    (leave them out of `cache_mask`), those after P are zero. Virtual tokens have columns of their
+    own in front, which nobody outside counts.
     """
     length = tokens.shape[1]
     if cache_length < length:
         raise ValueError(f"cache_length = {cache_length} is shorter than the prompts, {length}")
+    prefix = read_virtual_tokens(params, config, runtime)
     hidden, caches, _ = _run(
-        params,
-        config,
-        runtime,
-        tokens,
-        positions,
-        segment_ids,
-        collect=True,
+        params, config, runtime, tokens, positions, segment_ids, collect=True, prefix=prefix
     )
     if isinstance(caches, dict):  # stacked by the scan
         caches = tuple(
@@ -463,7 +538,21 @@ def prefill(
             for index in range(config.num_layers)
         )
     pad = ((0, 0), (0, 0), (0, cache_length - length), (0, 0))
-    return hidden, tuple({name: jnp.pad(c[name], pad) for name in ("k", "v")} for c in caches)
+    caches = tuple({name: jnp.pad(c[name], pad) for name in ("k", "v")} for c in caches)
+    if prefix is None:
+        return hidden, caches
+    if isinstance(prefix, dict):
+        prefix = [{k: x[index] for k, x in prefix.items()} for index in range(config.num_layers)]
+
+    def behind(own: jax.Array, cache: jax.Array) -> jax.Array:
+        return jnp.concatenate(
+            [jnp.broadcast_to(own, (tokens.shape[0], *own.shape)), cache], axis=2
+        )
+
+    return hidden, tuple(
+        {name: behind(own[name], cache[name]) for name in ("k", "v")}
+        for own, cache in zip(prefix, caches, strict=True)
+    )
 
 
 def decode_step(
@@ -486,6 +575,9 @@ def decode_step(
             itself is always attended to, columns after it never, whatever the mask says there.
     """
     params = split_layers(params, config, runtime)
+    if ahead := virtual_tokens(params):
+        cache_mask = jnp.pad(cache_mask, ((0, 0), (ahead, 0)), constant_values=True)
+        position, column = position + ahead, column + ahead
     columns = jnp.arange(cache_mask.shape[1])
     mask = (cache_mask & (columns < column)) | (columns == column)
     near = mask

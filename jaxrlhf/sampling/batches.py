@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models.adapters.virtual import virtual_tokens
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.sampling.decode import FINISH_REASONS, sample
 from jaxrlhf.sampling.filters import check_settings
@@ -71,7 +72,6 @@ def make_sampler(
         raise ValueError(
             f"batch_size = {batch_size}: a positive multiple of row_multiple = {row_multiple}"
         )
-    limit = config.max_positions - max_new_tokens if config.position == "learned" else None
 
     @jax.jit
     def program(params: Any, tokens, lengths, key, row_ids):
@@ -100,6 +100,9 @@ def make_sampler(
         if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
             raise ValueError(f"prompts {empty[:8]} have no tokens: begin them with the BOS token")
         ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
+        limit = None
+        if config.position == "learned":
+            limit = config.max_positions - max_new_tokens - virtual_tokens(params)
         by_bucket: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             by_bucket.setdefault(bucket(len(prompt), limit), []).append(i)

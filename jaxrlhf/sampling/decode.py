@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models import heads
+from jaxrlhf.models.adapters.virtual import virtual_tokens
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.transformer import decode_step, prefill, split_layers
 from jaxrlhf.sampling.filters import candidates, check_settings, draw
@@ -82,15 +83,17 @@ def sample(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: at least 1")
     P, N = prompt_tokens.shape[1], max_new_tokens
-    if config.position == "learned" and config.max_positions < P + N:
+    ahead = virtual_tokens(params)
+    virtual = f"{ahead} virtual tokens, " if ahead else ""
+    if config.position == "learned" and config.max_positions < ahead + P + N:
         raise ValueError(
-            f"prompts of {P} and max_new_tokens = {N} exceed the model's {config.max_positions}"
-            " positions, which are learned: shorten one of them"
+            f"{virtual}prompts of {P} and max_new_tokens = {N} exceed the model's "
+            f"{config.max_positions} positions, which are learned: shorten one of them"
         )
-    if config.rope_limit is not None and config.rope_limit < P + N:
+    if config.rope_limit is not None and config.rope_limit < ahead + P + N:
         raise ValueError(
-            f"prompts of {P} and max_new_tokens = {N} exceed {config.rope_limit} positions, beyond "
-            f"which a {config.family} model with rope_type "
+            f"{virtual}prompts of {P} and max_new_tokens = {N} exceed {config.rope_limit} "
+            f"positions, beyond which a {config.family} model with rope_type "
             f"{dict(config.rope_scaling)['rope_type']!r} reads rows anew: shorten one of them"
         )
     params = split_layers(params, config, runtime)  # once, not in every step of the loop

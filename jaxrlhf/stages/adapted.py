@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.model import AdapterSection, TrainedModelSection
+from jaxrlhf.data.tokenizer import encode_text
 from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.models.adapters.merging import merge
 from jaxrlhf.models.adapters.modules import described
@@ -78,37 +79,60 @@ def open_trained(
     if model.adapted is not None:
         return _continued(model, adapter, section)
     base = Adapted(adapter, model.source, model.home, model.params, fresh=True)
-    return with_adapter(model, base, section.param_dtype, jax.random.fold_in(key, 1), mesh)
+    key, text = jax.random.fold_in(key, 1), start_text(section.adapter, model)
+    return with_adapter(model, base, section.param_dtype, key, mesh, text)
+
+
+def start_text(section: AdapterSection, model: Model) -> tuple[int, ...]:
+    """The tokens that virtual tokens start as; () = drawn from the vocabulary.
+
+    Raises:
+        ConfigError: a text without tokens.
+    """
+    if section.init_text is None:
+        return ()
+    ids = encode_text(model.tokenizer, section.init_text)
+    if not ids:
+        raise ConfigError("model.adapter.init_text has no tokens: give a text, or leave it out")
+    return tuple(ids)
 
 
 def _heads(model: Model, heads: tuple[str, ...]) -> tuple[str, ...]:
     return (*heads, "score") if model.kind == "reward" and "score" not in heads else heads
 
 
-def with_adapter(model: Model, adapted: Adapted, dtype: str, key: jax.Array, mesh: Mesh) -> Model:
+def with_adapter(
+    model: Model,
+    adapted: Adapted,
+    dtype: str,
+    key: jax.Array,
+    mesh: Mesh,
+    text: tuple[int, ...] = (),
+) -> Model:
     """A base with new leaves beside it; what trains whole is copied, since the step donates it."""
     adapter = adapted.adapter
     whole, frozen = split(adapted.params, adapter.trains)
     whole = jax.tree.map(lambda x: jnp.array(x, jnp.dtype(dtype), copy=True), whole)
 
     def make(key: jax.Array, base: Params) -> Params:
-        return init_adapter(key, adapter, base, dtype)
+        return init_adapter(key, adapter, base, dtype, config=model.config, text=text)
 
-    base = frozen if adapter.kind == "dora" else {}
+    base = frozen if adapter.reads_base else {}
     shapes = jax.eval_shape(make, key, base)
-    where = param_shardings(abstract_adapted(adapter, adapted.params, dtype), model.config, mesh)
+    abstract = abstract_adapted(adapter, adapted.params, dtype, model.config)
+    where = param_shardings(abstract, model.config, mesh)
     leaves = jax.jit(make, out_shardings=_like(where, shapes))(key, base)
     params = join(join(whole, frozen), leaves)
     return dataclasses.replace(model, params=params, adapted=adapted)
 
 
-def abstract_adapted(adapter: Adapter, base: Params, dtype: str) -> Params:
+def abstract_adapted(adapter: Adapter, base: Params, dtype: str, config: ModelConfig) -> Params:
     """The shapes of a whole tree, of its base's: what trains in `dtype`."""
     whole, frozen = split(base, adapter.trains)
     whole = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), whole)
 
     def make(key: jax.Array, base: Params) -> Params:
-        return init_adapter(key, adapter, base, dtype)
+        return init_adapter(key, adapter, base, dtype, config=config)
 
     leaves = jax.eval_shape(make, jax.random.key(0), frozen)
     return join(join(whole, frozen), leaves)
@@ -145,6 +169,8 @@ def _continued(model: Model, adapter: Adapter, section: TrainedModelSection) -> 
 
 
 def _said(adapter: Adapter) -> str:
+    if adapter.beside:
+        return f"{adapter.kind} of " + ", ".join(f"{p} {list(s)}" for p, s in adapter.beside)
     targets = described(placed.module for placed in adapter.placed)
     ranks = sorted({rank for placed in adapter.placed for rank in placed.ranks})
     alphas = sorted({alpha for placed in adapter.placed for alpha in placed.alphas})
@@ -154,7 +180,18 @@ def _said(adapter: Adapter) -> str:
 
 
 def merged(model: Model, dtype: str) -> Model:
-    """The same model without adapters: they are added into its kernels."""
+    """The same model without adapters: they are added into its kernels.
+
+    Raises:
+        ConfigError: the adapter is of a kind that no kernel can hold.
+    """
+    if model.adapted is not None and not model.adapted.adapter.merges:
+        raise ConfigError(
+            f"{model.source} is a {model.adapted.adapter.kind} adapter, which adds to what the "
+            "model reads or computes and is no change of its matrices: it cannot be merged. Keep "
+            "it as an adapter (jaxrlhf export --format peft), or repeat its settings under "
+            "model.adapter to train it on"
+        )
 
     def make(params: Params) -> Params:
         return merge(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
@@ -199,7 +236,8 @@ def critic_of(
     adapter = resolve(spec, model.config)
     base = model.params if model.adapted is None else model.adapted.params
     adapted = Adapted(adapter, model.source, model.home, base, fresh=True)
-    model = with_adapter(model, adapted, section.param_dtype, key, mesh)
+    text = start_text(section.adapter, model)
+    model = with_adapter(model, adapted, section.param_dtype, key, mesh, text)
     return model, trunk(model.params)
 
 

@@ -50,17 +50,17 @@ def _head(
 ) -> list[str]:
     """The lines that every card begins with."""
     reward = kind == "reward"
-    library = "transformers" if adapted is None else "peft"
+    ours = adapted is not None and adapted.adapter.kind == "bottleneck"  # PEFT has none
+    library = "transformers" if adapted is None else "jaxrlhf" if ours else "peft"
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     lines = [
         *("---", f"library_name: {library}", "tags:", "- jaxrlhf", f"- {tag}", "---"),
         f"# {'Reward model' if reward else 'Language model'}"
         f"{'' if adapted is None else ' (adapter)'}, {told}",
         "",
+        *(["PEFT has no bottleneck adapters and cannot read this folder.", ""] if ours else []),
         "```python",
-        f"from transformers import AutoTokenizer, {auto}",
-        "tokenizer = AutoTokenizer.from_pretrained(folder)",
-        *_loading(auto, reward, adapted, pad_token_id),
+        *(_loading_ours() if ours else _loading(auto, reward, adapted, pad_token_id)),
         "```",
         "",
     ]
@@ -72,17 +72,33 @@ def _head(
             "read at the end-of-text token: append it to the text.",
             "",
         ]
+    if reward and adapted is not None and adapted.adapter.kind == "soft_prompt":
+        lines += [
+            "PEFT hands transformers embeddings instead of ids here, so that it reads the score at "
+            "the last position, padding or not: give it one text at a time.",
+            "",
+        ]
     return lines
+
+
+def _loading_ours() -> list[str]:
+    """The lines that load an adapter that no other library knows."""
+    return ["import jaxrlhf", "model = jaxrlhf.load(folder)"]
 
 
 def _loading(
     auto: str, reward: bool, adapted: Adapted | None, pad_token_id: int | None
 ) -> list[str]:
     """The lines that load the model."""
+    tokenizer = [
+        f"from transformers import AutoTokenizer, {auto}",
+        "tokenizer = AutoTokenizer.from_pretrained(folder)",
+    ]
     if adapted is None:
-        return [f"model = {auto}.from_pretrained(folder)"]
+        return [*tokenizer, f"model = {auto}.from_pretrained(folder)"]
     labels = ", num_labels=1" if reward else ""
     lines = [
+        *tokenizer,
         "from peft import PeftModel",
         f"base = {auto}.from_pretrained({adapted.named()!r}{labels})",
         "model = PeftModel.from_pretrained(base, folder)",

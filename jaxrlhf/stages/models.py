@@ -296,6 +296,40 @@ def _open_adapter(
     """A PEFT folder: its base, with the adapter's leaves beside it."""
     named = read_adapter_config(home).get("base_model_name_or_path")
     base = _base_of(section, mesh, source, named, own, share)
+    return _adapter_on(section, mesh, source, base, home, kind, own)
+
+
+def another_adapter(section: ModelSection, mesh: Mesh, source: str, model: Model) -> Model:
+    """A model's base with the adapter of a finished run or a PEFT folder on it: the base's arrays
+    are the same ones, and so is the shape of everything, where the adapters are alike.
+
+    Raises:
+        ModelError: it is no adapter, or one of another base.
+    """
+    folder, run = _resolve(source)
+    home = folder if run is None else run / "export"
+    if not is_adapter(home):
+        raise ModelError(
+            f"{source} is no adapter: {home} holds no adapter_config.json; a model of its own is "
+            "opened on its own"
+        )
+    theirs = model.adapted
+    if theirs is not None:
+        model = dataclasses.replace(
+            model, params=theirs.params, adapted=None, home=theirs.home, source=theirs.base
+        )
+    return _adapter_on(section, mesh, source, model, home, None, False)
+
+
+def _adapter_on(
+    section: ModelSection,
+    mesh: Mesh,
+    source: str,
+    base: Model,
+    home: Path,
+    kind: Kind | None,
+    own: bool,
+) -> Model:
     loaded = load_adapter(home, base.config, base.params, kind=kind, dtype=section.dtype)
     adapted = Adapted(loaded.adapter, base.source, base.home, base.params)
     content = adapted.content() if loaded.base_content else None

@@ -100,7 +100,7 @@ class _Builder:
         dtype = self.runtime.dtype if kept else self.runtime.param_dtype
         shapes = abstract_params(self.architecture, heads=heads, param_dtype=dtype)
         if adapter is not None:
-            shapes = abstract_adapted(adapter, shapes, self.runtime.param_dtype)
+            shapes = abstract_adapted(adapter, shapes, self.runtime.param_dtype, self.architecture)
         return shapes, axes_of(shapes, self.architecture)
 
     def adapter(self, *heads: str) -> Adapter | None:

@@ -4,6 +4,7 @@
 `prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS only with `append_eos`.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.parallel.distributed import is_primary, to_host
 from jaxrlhf.parallel.rules import put_batch
 from jaxrlhf.stages.generate import write_jsonl
-from jaxrlhf.stages.models import open_model
+from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.rows import evaluation_batches, source_specs
 
 
@@ -34,27 +35,49 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
         vocab_size=model.config.vocab_size,
         seed=config.seed,
     )
-    reward = model.kind == "reward"
-    if reward and not config.append_eos:
+    if model.kind == "reward" and not config.append_eos:
         print(
             "score: note: rows end where their text ends; a reward model learnt to judge at the "
             "end of finished completions, after EOS: append_eos=true if these are finished",
             flush=True,
         )
 
+    results = score_rows(make_scorer(model), model, rows, config, mesh)
+    path = Path(config.output) if config.output else output / "scores.jsonl"
+    name = "reward" if model.kind == "reward" else "logprob"
+    mean = float(np.mean([row[name] for row in results]))
+    if is_primary():
+        write_jsonl(path, results)
+        print(f"score: {len(results)} rows, mean {name} {mean:.4g}, in {path}", flush=True)
+    return {f"mean_{name}": mean}, [path.name] if path.parent == output else []
+
+
+Said = Callable[[Any, Any], jax.Array]
+
+
+def make_scorer(model: Model) -> Said:
+    """The program `said(params, batch)`: rewards [B], or log-probs [B,T] of a language model."""
+
     @jax.jit
     def said(params: Any, batch: Any) -> jax.Array:
-        function = row_scores if reward else row_logprobs
+        function = row_scores if model.kind == "reward" else row_logprobs
         return function(params, model.config, model.runtime, batch)
 
+    return said
+
+
+def score_rows(
+    said: Said, model: Model, rows: Any, config: ScoreConfig, mesh: Mesh
+) -> list[dict[str, Any]]:
+    """What `said` says of encoded rows, in their order."""
     batches = evaluation_batches(rows, DataSection(max_length=config.max_length), config.batch_size)
-    results: list[dict[str, Any]] = [{}] * len(rows)  # in the order of the data
+    results: list[dict[str, Any]] = [{}] * len(rows)
     for step, batch in enumerate(batches):
         values = to_host(said(model.params, put_batch(batch, mesh)))
         for b, i in enumerate(batches.indices_at(step)):
             if i < 0:
                 continue
-            if reward:
+            if model.kind == "reward":
                 results[i] = {"reward": float(values[b])}
                 continue
             mask = batch.completion_mask[b]
@@ -64,10 +87,4 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
                 "token_logprobs": [float(x) for x in values[b][mask]],
                 "token_ids": batch.tokens[b][mask].tolist(),
             }
-    path = Path(config.output) if config.output else output / "scores.jsonl"
-    name = "reward" if reward else "logprob"
-    mean = float(np.mean([row[name] for row in results]))
-    if is_primary():
-        write_jsonl(path, results)
-        print(f"score: {len(results)} rows, mean {name} {mean:.4g}, in {path}", flush=True)
-    return {f"mean_{name}": mean}, [path.name] if path.parent == output else []
+    return results

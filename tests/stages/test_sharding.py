@@ -56,6 +56,21 @@ def test_a_step_of_an_adapter_too():
 
 
 @SLOW
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"kind": "soft_prompt", "virtual_tokens": 4},
+        {"kind": "prefix", "virtual_tokens": 4},
+        {"kind": "bottleneck", "width": 4},
+    ],
+    ids=lambda adapter: adapter["kind"],
+)
+def test_a_step_of_what_is_no_part_of_a_projection_too(adapter):
+    keys = {"stage": "sft", "meshes": [MIXED], "whole": False, "adapter": adapter}
+    check("sft", run_on_devices(8, compare, **keys, timeout=900))
+
+
+@SLOW
 @pytest.mark.parametrize("stage", ["sft", "ppo"])
 def test_everything_else_of_a_stage_too(stage):
     """The sampler (greedy, too), and what scores."""

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters: few extra leaves beside frozen ones, trained instead of them (LoRA, DoRA, (IA)3)."""
+"""Adapters: few extra leaves beside frozen ones, trained instead of them."""

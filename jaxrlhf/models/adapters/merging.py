@@ -26,9 +26,10 @@ def has_adapters(tree: Any) -> bool:
 
 
 def _added(leaves: Params) -> jax.Array:
-    """scale A B, float32 [..., in, out]."""
+    """scale A B, float32 [..., in, out]; experts share the scale."""
     a, b = leaves["lora_a"].astype(jnp.float32), leaves["lora_b"].astype(jnp.float32)
-    scale = leaves["lora_scale"].astype(jnp.float32)[..., None, None]
+    scale = leaves["lora_scale"].astype(jnp.float32)
+    scale = scale.reshape(*scale.shape, *(1,) * (a.ndim - scale.ndim))
     return scale * jnp.matmul(a, b, precision=HIGHEST)
 
 

@@ -32,6 +32,7 @@ class Module:
         inputs: features of its input; None if it is no projection within a layer.
         outputs: features of each part's output.
         by_head: its parts stand side by side within each head, not one after the other.
+        experts: how many of these matrices a layer has; 0 = one that is no expert's.
     """
 
     hf: str
@@ -40,6 +41,7 @@ class Module:
     inputs: int | None = None
     outputs: tuple[int, ...] = ()
     by_head: bool = False
+    experts: int = 0
 
     def gather(self, pieces: Sequence[np.ndarray], head_size: int) -> np.ndarray:
         """The parts' values [..., out] as the module's own, along its last axis."""
@@ -117,9 +119,32 @@ def projections(config: ModelConfig) -> tuple[Module, ...]:
     return tuple(module for module in modules(config) if module.inputs is not None)
 
 
+def expert_modules(config: ModelConfig) -> tuple[Module, ...]:
+    """What experts have, as the parameters that transformers 5 keeps them in: gate and up as one,
+    and down. Adapted where they are named."""
+    if not config.num_experts:
+        return ()
+    wide, narrow = config.mlp_dim, config.hidden_size
+    found = []
+    for hf, names, inputs, out in (
+        ("gate_up_proj", ("gate", "up"), narrow, wide),
+        ("down_proj", ("down",), wide, narrow),
+    ):
+        parts = tuple(f"layers/experts/{name}" for name in names)
+        kernels = tuple(f"{part}/kernel" for part in parts)
+        name = f"model.layers.{{layer}}.mlp.experts.{hf}"
+        outputs = (out,) * len(parts)
+        weight = (("weight", kernels, True),)
+        found.append(Module(name, parts, weight, inputs, outputs, experts=config.num_experts))
+    return tuple(found)
+
+
 def is_named(module: Module, target: str, layer: int = 0) -> bool:
-    """Whether a target means a module: our name, its name, or the end of its full name."""
+    """Whether a target means a module: our name, its name, or the end of its full name; "experts"
+    means all that experts have."""
     name = module.name(layer)
+    if module.experts and target == "experts":
+        return True
     return target == module.ours or name == target or name.endswith(f".{target}")
 
 
@@ -138,15 +163,14 @@ def _two(module: Module) -> str:
     return ".".join(module.hf.split(".")[-2:])
 
 
-def choose(targets: Iterable[str], choices: tuple[Module, ...], field: str) -> tuple[Module, ...]:
-    """The modules that are targets, in the family's order.
+def choose(targets: Sequence[str], choices: tuple[Module, ...], field: str) -> tuple[Module, ...]:
+    """The modules that are targets, in the family's order; all-linear means none of experts.
 
     Raises:
         ConfigError: a target that means none, with what there is.
     """
-    names = tuple(targets)
-    if ALL_LINEAR in names:
-        return choices
+    names = tuple(target for target in targets if target != ALL_LINEAR)
+    everything = ALL_LINEAR in targets
     for target in names:
         if not any(is_named(module, target) for module in choices):
             known = [name for module in choices for name in (module.ours, module.short)]
@@ -156,7 +180,11 @@ def choose(targets: Iterable[str], choices: tuple[Module, ...], field: str) -> t
                 f"{field}: {target!r} names nothing in this model; there are {described(choices)}"
                 f"{hint}"
             )
-    return tuple(m for m in choices if any(is_named(m, target) for target in names))
+    return tuple(
+        m
+        for m in choices
+        if (everything and not m.experts) or any(is_named(m, target) for target in names)
+    )
 
 
 def pattern_of(patterns: Iterable[str], module: Module, layer: int) -> str | None:

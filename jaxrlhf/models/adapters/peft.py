@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import ModelError
-from jaxrlhf.models.adapters.modules import Module, modules, projections
+from jaxrlhf.models.adapters import peft_beside, stacked
+from jaxrlhf.models.adapters.modules import Module, expert_modules, modules, projections
 from jaxrlhf.models.adapters.spec import Adapter, Placed
 from jaxrlhf.models.adapters.trees import at, join, put
 from jaxrlhf.models.config import ModelConfig
@@ -39,6 +40,7 @@ Params = dict[str, Any]
 CONFIG, SINGLE = "adapter_config.json", "adapter_model.safetensors"
 INDEX = SINGLE + ".index.json"
 PREFIX = "base_model.model."
+PROMPT_PREFIX = "base_model."  # of modules beside virtual tokens: PEFT wraps nothing there
 TASKS = {"CAUSAL_LM": "lm", "SEQ_CLS": "reward"}
 # In the header of our files: which weights the adapter was trained on (TensorFiles.digest).
 BASE_CONTENT = "base_content"
@@ -48,7 +50,7 @@ READ = {
         """
         peft_type task_type base_model_name_or_path r lora_alpha lora_dropout target_modules
         exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern use_rslora
-        use_dora fan_in_fan_out bias modules_to_save init_lora_weights
+        use_dora fan_in_fan_out bias modules_to_save init_lora_weights target_parameters
         """.split()  # noqa: SIM905
     ),
     "IA3": frozenset(
@@ -57,6 +59,9 @@ READ = {
         feedforward_modules fan_in_fan_out modules_to_save
         """.split()  # noqa: SIM905
     ),
+} | {
+    method: fields | {"peft_type", "task_type", "base_model_name_or_path", "modules_to_save"}
+    for method, fields in peft_beside.FIELDS.items()
 }
 # Fields that say how it was made or is handled, not what it computes.
 HARMLESS = frozenset(
@@ -113,7 +118,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f"init_lora_weights = {start!r} changed the base: convert it with PEFT "
             "(path_initial_model_for_weight_conversion) first"
         )
-    if not peft.get("target_modules"):
+    if method in peft_beside.KINDS:
+        problems += peft_beside.config_problems(peft)
+    targets = peft.get("target_modules") or peft.get("target_parameters")
+    if not targets and method in ("LORA", "IA3", "BOTTLENECK"):
         problems.append("target_modules is missing or empty")
     if method == "LORA":
         for name, kind in (("r", int), ("lora_alpha", int | float)):
@@ -140,7 +148,7 @@ def _targeted(peft: Mapping[str, Any], name: str, named: Any) -> bool:
 def _is_target(peft: Mapping[str, Any], name: str, layer: int) -> bool:
     if peft.get("exclude_modules") and _targeted(peft, name, peft["exclude_modules"]):
         return False
-    targets = peft["target_modules"]
+    targets = peft.get("target_modules") or []
     if isinstance(targets, str):
         return targets.lower() == "all-linear" or _targeted(peft, name, targets)
     if not _targeted(peft, name, targets):
@@ -171,9 +179,16 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
     other = ("lm_head",) if heads else ("score",)
     known = [m for m in modules(config) if m.parts != other]
     saved = tuple(m for m in known if any(m.name(0).endswith(name) for name in names))
+    if own := peft_beside.KINDS.get(peft["peft_type"]):
+        shapes = peft_beside.shapes_of(peft, config, where)
+        return Adapter(cast(Any, own), (), saved, beside=shapes)
     placed = []
-    for module in projections(config):
-        there = [_is_target(peft, module.name(i), i) and module not in saved for i in layers]
+    for module in (*projections(config), *expert_modules(config)):
+        if module.experts:
+            named = peft.get("target_parameters") or []
+            there = [_targeted(peft, module.name(i), named) for i in layers]
+        else:
+            there = [_is_target(peft, module.name(i), i) and module not in saved for i in layers]
         if not any(there):
             continue
         if peft["peft_type"] == "IA3":
@@ -190,7 +205,7 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
     if not placed:
         choices = ", ".join(sorted({m.short for m in projections(config)}))
         raise ModelError(
-            f"{where}: target_modules = {peft['target_modules']} names nothing in a "
+            f"{where}: target_modules = {peft.get('target_modules')} names nothing in a "
             f"{config.family} model, which has {choices}: is this another model's adapter?"
         )
     if peft["peft_type"] == "IA3":
@@ -210,6 +225,9 @@ def adapter_of(peft: Mapping[str, Any], config: ModelConfig, kind: str, where: s
 def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, str, tuple]]:
     """(name there, our leaf, shape) of a module's own tensors in one layer."""
     module = placed.module
+    if module.experts:
+        yield from _own_of_experts(adapter, placed, layer)
+        return
     name = PREFIX + module.name(layer)
     inputs, out = module.inputs, sum(module.outputs)
     if adapter.kind == "ia3":
@@ -224,13 +242,29 @@ def _own(adapter: Adapter, placed: Placed, layer: int) -> Iterator[tuple[str, st
             yield f"{name}.lora_magnitude_vector", "dora_m", (out,)
 
 
+def _own_of_experts(
+    adapter: Adapter, placed: Placed, layer: int
+) -> Iterator[tuple[str, str, tuple]]:
+    module, rank = placed.module, placed.ranks[layer]
+    others = [one.module for one in adapter.placed if one.ranks and one.ranks[layer]]
+    name = PREFIX + stacked.wrapper(module, others, layer)
+    if rank:
+        yield f"{name}.lora_A.weight", "lora_a", (module.experts * rank, module.inputs)
+        yield f"{name}.lora_B.weight", "lora_b", (sum(module.outputs), rank * module.experts)
+
+
+def _prefix(kind: str) -> str:
+    return PROMPT_PREFIX if kind in ("soft_prompt", "prefix") else PREFIX
+
+
 def _saved_tensors(adapter: Adapter, layers: int) -> Iterator[tuple[str, Any, Any, bool, Module]]:
     """(name there, layer or None, paths of our leaves, transposed, its module) of modules trained
     whole."""
+    prefix = _prefix(adapter.kind)
     for module in adapter.saved:
         for suffix, leaves, transpose in module.leaves:
             for layer in range(layers) if module.layered else (None,):
-                name = f"{PREFIX}{module.hf.format(layer=layer)}.{suffix}"
+                name = f"{prefix}{module.hf.format(layer=layer)}.{suffix}"
                 yield name, layer, leaves, transpose, module
 
 
@@ -259,7 +293,7 @@ def load_adapter(
     peft = read_adapter_config(folder)
     files = TensorFiles(folder, SINGLE, INDEX)
     try:
-        score = f"{PREFIX}score.weight"
+        score = f"{_prefix(peft_beside.KINDS.get(peft['peft_type'], ''))}score.weight"
         found = TASKS.get(peft.get("task_type") or "", "reward" if score in files.paths else "lm")
         if kind is not None and kind != found:
             names = {"lm": "a language model", "reward": "a reward model"}
@@ -291,7 +325,9 @@ def _check(
     folder: Path,
 ) -> None:
     """Exactly the tensors that the config implies, in the shapes that the base implies."""
-    expected: dict[str, tuple] = {}
+    expected: dict[str, tuple] = {
+        tensor.name: tensor.shape for tensor in peft_beside.stored_tensors(adapter.beside)
+    }
     for placed in adapter.placed:
         for layer in range(config.num_layers):
             expected |= {name: shape for name, _, shape in _own(adapter, placed, layer)}
@@ -331,6 +367,9 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
     def keep(path: str, value: np.ndarray) -> None:
         put(tree, path, jnp.asarray(value if dtype is None else value.astype(dtype)))
 
+    for tensor in peft_beside.stored_tensors(adapter.beside):
+        for path, leaf in zip(tensor.paths, tensor.leaves(whole(tensor.name)), strict=True):
+            keep(path, leaf)
     for placed in adapter.placed:
         module, rank = placed.module, max(placed.ranks)
         assert module.inputs is not None
@@ -341,16 +380,20 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
             "ia3_in": (module.inputs,),
             "ia3_out": (sum(module.outputs),),
         }
-        stacked: dict[str, np.ndarray] = {}
+        lead = (layers, module.experts) if module.experts else (layers,)
+        found_layers: dict[str, np.ndarray] = {}
         for layer in range(layers):
             for name, leaf, _ in _own(adapter, placed, layer):
                 value = whole(name)
                 # [r, in] and [out, r] to ours; vectors lose the axis of length 1.
-                value = value.T if leaf.startswith("lora") else value.reshape(-1)
-                if leaf not in stacked:
-                    stacked[leaf] = np.zeros((layers, *shapes[leaf]), value.dtype)
-                stacked[leaf][(layer, *map(slice, value.shape))] = value
-        for leaf, value in stacked.items():
+                if module.experts:
+                    value = stacked.loaded(value, leaf, module.experts)
+                else:
+                    value = value.T if leaf.startswith("lora") else value.reshape(-1)
+                if leaf not in found_layers:
+                    found_layers[leaf] = np.zeros((*lead, *shapes[leaf]), value.dtype)
+                found_layers[leaf][(layer, *map(slice, value.shape))] = value
+        for leaf, value in found_layers.items():
             if leaf in ("lora_a", "ia3_in"):
                 keep(f"{module.parts[0]}/{leaf}", value)
             else:
@@ -422,18 +465,24 @@ def _outgoing(params: Params, adapter: Adapter, config: ModelConfig) -> Iterator
 
         return OutgoingTensor(name, tuple(shape), np.dtype(leaves[0].dtype), values)
 
-    def own(value: np.ndarray, *, shape: tuple, leaf: str) -> np.ndarray:
+    def own(value: np.ndarray, *, shape: tuple, leaf: str, experts: int) -> np.ndarray:
+        if experts:
+            return stacked.stored(value, leaf, shape[0 if leaf == "lora_a" else 1] // experts)
         if not leaf.startswith("lora"):
             return value.reshape(shape)
         return value.T[tuple(map(slice, shape))]  # without what fills up smaller ranks
 
+    for one in peft_beside.stored_tensors(adapter.beside):
+        leaves = [at(params, path) for path in one.paths]
+        values = partial(lambda one, leaves: one.stored([fetch(x) for x in leaves]), one, leaves)
+        yield OutgoingTensor(one.name, one.shape, np.dtype(leaves[0].dtype), values)
     for placed in adapter.placed:
         parts = placed.module.parts
         for layer in range(config.num_layers):
             for name, leaf, shape in _own(adapter, placed, layer):
                 holders = parts[:1] if leaf in ("lora_a", "ia3_in") else parts
                 leaves = [at(params, part)[leaf] for part in holders]
-                arrange = partial(own, shape=shape, leaf=leaf)
+                arrange = partial(own, shape=shape, leaf=leaf, experts=placed.module.experts)
                 yield tensor(name, shape, leaves, layer, arrange, placed.module)
     for name, layer, paths, transpose, module in _saved_tensors(adapter, config.num_layers):
         leaves = [at(params, path) for path in paths]
@@ -463,15 +512,19 @@ def adapter_config(
     everything = modules(config)
 
     def end(module: Module, *, loose: bool = False) -> str:
+        if module.experts:
+            return f"experts.{module.short}"
         return _ending(module, [m.name(0) for m in everything if m != module], loose=loose)
 
     written: dict[str, Any] = {
         "task_type": next(task for task, name in TASKS.items() if name == kind),
         "base_model_name_or_path": base,
-        "fan_in_fan_out": any(placed.module.conv1d for placed in adapter.placed),
         "inference_mode": True,
         "modules_to_save": [end(module, loose=True) for module in adapter.saved] or None,
     }
+    if adapter.beside:
+        return written | peft_beside.config_of(adapter.kind, adapter.beside, config)
+    written["fan_in_fan_out"] = any(placed.module.conv1d for placed in adapter.placed)
     if adapter.kind == "ia3":
         return written | {
             "peft_type": "IA3",
@@ -483,12 +536,13 @@ def adapter_config(
         counts.update((r, a) for r, a in zip(placed.ranks, placed.alphas, strict=True) if r)
     usual = counts.most_common(1)[0][0]
     targets: list[str] = []
+    parameters: list[str] = []
     patterns: dict[str, tuple[int, float]] = {}
     for placed in adapter.placed:
         each = list(zip(placed.ranks, placed.alphas, strict=True))
         module = placed.module
         there = [layer for layer, (rank, _) in enumerate(each) if rank]
-        targets += (
+        (parameters if module.experts else targets).extend(
             [end(module)] if len(there) == len(each) else [module.name(layer) for layer in there]
         )
         if len(set(each)) == 1:
@@ -506,6 +560,7 @@ def adapter_config(
         "bias": "none",
         "init_lora_weights": True,
         "target_modules": targets,
+        **({"target_parameters": parameters} if parameters else {}),
         "rank_pattern": {name: rank for name, (rank, _) in patterns.items()},
         "alpha_pattern": {name: _whole(alpha) for name, (_, alpha) in patterns.items()},
     }

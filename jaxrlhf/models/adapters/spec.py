@@ -7,6 +7,7 @@ Leaves are stacked over layers as the kernels are. Where layers differ in rank t
 filled up with zeros on both sides, which stay zero: neither side has a gradient there.
 """
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Mapping
@@ -18,11 +19,13 @@ import jax.numpy as jnp
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.adapters import apply
+from jaxrlhf.models.adapters.beside import Shapes, axes_beside, init_beside, shapes_beside
 from jaxrlhf.models.adapters.modules import (
     ALL_LINEAR,
     Module,
     choose,
     described,
+    expert_modules,
     modules,
     pattern_of,
     projections,
@@ -31,7 +34,8 @@ from jaxrlhf.models.adapters.trees import Path, at, join, put, split
 from jaxrlhf.models.config import ModelConfig
 
 Params = dict[str, Any]
-Kind = Literal["lora", "dora", "ia3"]
+Kind = Literal["lora", "dora", "ia3", "soft_prompt", "prefix", "bottleneck"]
+OF_PROJECTIONS = ("lora", "dora", "ia3")  # what can be merged into the base's matrices
 FIELD = "model.adapter"
 
 
@@ -46,6 +50,8 @@ class AdapterSpec:
         rslora: scale alpha / sqrt(r) instead of alpha / r.
         rank_pattern, alpha_pattern: other values for the modules whose name matches.
         modules_to_save: modules that are trained whole beside the adapter.
+        virtual_tokens: n of a soft prompt or prefix.
+        width: r of a bottleneck, whose targets are `bottleneck.PLACES`.
     """
 
     kind: Kind = "lora"
@@ -57,6 +63,8 @@ class AdapterSpec:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+    virtual_tokens: int = 20
+    width: int = 64
 
 
 @dataclass(frozen=True)
@@ -74,19 +82,36 @@ class Placed:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter of one architecture. `saved` are the modules that train whole."""
+    """An adapter of one architecture. `saved` are the modules that train whole; `beside` the paths
+    and shapes of leaves that belong to no projection (soft prompt, prefix, bottleneck)."""
 
     kind: Kind
     placed: tuple[Placed, ...]
     saved: tuple[Module, ...] = ()
     dropout: float = 0.0
     rslora: bool = False
+    beside: Shapes = ()
+
+    @property
+    def merges(self) -> bool:
+        """Whether matrices of the base can hold what it does."""
+        return self.kind in OF_PROJECTIONS
+
+    @property
+    def virtual_tokens(self) -> int:
+        """How many stand in front of every text."""
+        return self.beside[0][1][-2] if self.kind in ("soft_prompt", "prefix") else 0
+
+    @property
+    def reads_base(self) -> bool:
+        """Whether how it starts depends on the base's weights."""
+        return self.kind in ("dora", "soft_prompt", "prefix")
 
     def trains(self, path: Path) -> bool:
         """Whether a leaf of the model's tree is trained."""
-        if path[-1] in apply.TRAINED:
-            return True
         whole = "/".join(path)
+        if path[-1] in apply.TRAINED or any(whole == own for own, _ in self.beside):
+            return True
         return any(whole in leaves for m in self.saved for _, leaves, _ in m.leaves)
 
     def split(self, params: Params) -> tuple[Params, Params]:
@@ -110,6 +135,7 @@ class Adapter:
         return sum(
             (max(p.ranks) * len(p.ranks) - sum(p.ranks))
             * ((p.module.inputs or 0) + sum(p.module.outputs))
+            * (p.module.experts or 1)
             for p in self.placed
         )
 
@@ -124,7 +150,7 @@ class Adapter:
 
     def count(self) -> int:
         """Numbers of its own that train, the zeros that fill up smaller ranks left out."""
-        total = 0
+        total = sum(math.prod(shape) for _, shape in self.beside)
         for placed in self.placed:
             module = placed.module
             assert module.inputs is not None
@@ -133,19 +159,14 @@ class Adapter:
                 layers = len(placed.ranks)
                 total += layers * (module.inputs if placed.scales_input else out)
                 continue
-            total += sum(rank * (module.inputs + out) for rank in placed.ranks)
+            total += sum(placed.ranks) * (module.inputs + out) * (module.experts or 1)
             if self.kind == "dora":
                 total += out * len(placed.ranks)
         return total
 
     def same_shape(self, other: "Adapter") -> bool:
         """Whether another adapter's leaves could take this one's place."""
-        return (self.kind, self.placed, self.saved, self.rslora) == (
-            other.kind,
-            other.placed,
-            other.saved,
-            other.rslora,
-        )
+        return dataclasses.replace(self, dropout=other.dropout) == other
 
 
 def resolve(
@@ -160,16 +181,33 @@ def resolve(
         ConfigError: a name or pattern that means nothing in this model, or a module that cannot
             be trained whole.
     """
-    choices = projections(config)
+    if spec.kind not in OF_PROJECTIONS:
+        beside = shapes_beside(
+            spec.kind,
+            config,
+            tokens=spec.virtual_tokens,
+            width=spec.width,
+            where=spec.targets,
+            field=field,
+        )
+        return Adapter(spec.kind, (), _saved(spec, config, heads, (), field), beside=beside)
+    plain = projections(config)
+    choices = (*plain, *expert_modules(config))
     targets = spec.targets
     if not targets:
         usual = ("k", "v", "down")
         targets = (
-            tuple(m.name(0) for m in choices if any(p.rsplit("/")[-1] in usual for p in m.parts))
+            tuple(m.name(0) for m in plain if any(p.rsplit("/")[-1] in usual for p in m.parts))
             if spec.kind == "ia3"
             else (ALL_LINEAR,)
         )
     chosen = choose(targets, choices, f"{field}.targets")
+    if any(m.experts for m in chosen) and (spec.kind != "lora" or spec.dropout):
+        what = f"kind = {spec.kind}" if spec.kind != "lora" else f"dropout = {spec.dropout}"
+        raise ConfigError(
+            f"{field}.{what}: on experts there is LoRA without dropout, as in PEFT; set that, or "
+            "leave the experts out of targets"
+        )
     saved = _saved(spec, config, heads, chosen, field)
     layers = range(config.num_layers)
     for name, patterns in (
@@ -228,16 +266,29 @@ def _saved(
     return saved
 
 
-def init_adapter(key: jax.Array, adapter: Adapter, params: Params, dtype: str) -> Params:
-    """The adapter's own leaves: they change nothing yet.
+def init_adapter(
+    key: jax.Array,
+    adapter: Adapter,
+    params: Params,
+    dtype: str,
+    *,
+    config: ModelConfig | None = None,
+    text: tuple[int, ...] = (),
+) -> Params:
+    """The adapter's own leaves: they change nothing yet, but for virtual tokens.
 
     A is uniform within 1 / sqrt(in), as PEFT draws it, B zero; DoRA's magnitudes are the norms of
-    the base's columns, (IA)3's vectors one. Pure: jit it, or `jax.eval_shape` it.
+    the base's columns, (IA)3's vectors one. For the others see `beside.init_beside`. Pure: jit it,
+    or `jax.eval_shape` it.
 
     Args:
-        params: the model's tree; only DoRA reads it.
+        params: the model's tree; only DoRA, soft prompt and prefix read it.
         dtype: of the leaves that train.
+        config: the architecture; only soft prompt and prefix read it.
+        text: token ids that virtual tokens start from.
     """
+    if adapter.beside:
+        return init_beside(key, adapter.beside, params, dtype, config=config, text=text)
     found: Params = {}
     for placed in adapter.placed:
         module, ranks = placed.module, placed.ranks
@@ -249,14 +300,16 @@ def init_adapter(key: jax.Array, adapter: Adapter, params: Params, dtype: str) -
                 name = "ia3_in" if placed.scales_input else "ia3_out"
                 leaves = {name: jnp.ones((layers, size), dtype)}
             else:
-                leaves = {"lora_b": jnp.zeros((layers, rank, out), dtype)}
+                lead = (layers, module.experts) if module.experts else (layers,)
+                leaves = {"lora_b": jnp.zeros((*lead, rank, out), dtype)}
                 if n == 0:
                     own = jax.random.fold_in(key, zlib.crc32(part.encode()))
                     bound = module.inputs**-0.5
-                    shape = (layers, module.inputs, rank)
+                    shape = (*lead, module.inputs, rank)
                     a = jax.random.uniform(own, shape, jnp.float32, -bound, bound)
                     real = jnp.arange(rank) < jnp.asarray(ranks)[:, None]
-                    leaves["lora_a"] = jnp.where(real[:, None, :], a, 0).astype(dtype)
+                    real = real.reshape(layers, *(1,) * (len(lead)), rank)
+                    leaves["lora_a"] = jnp.where(real, a, 0).astype(dtype)
                 if adapter.kind == "dora":
                     kernel = at(params, part)["kernel"].astype(jnp.float32)
                     leaves["dora_m"] = jnp.sqrt(jnp.sum(kernel * kernel, axis=-2)).astype(dtype)
@@ -270,20 +323,24 @@ def with_adapter_axes(axes: Params, params: Params) -> Params:
 
     The rank lives whole on every device; the other dimension where the kernel's does.
     """
+    return join(_beside_kernels(axes, params), axes_beside(params))
+
+
+def _beside_kernels(axes: Params, params: Params) -> Params:
     found = {}
     for key, value in axes.items():
         own = params.get(key)
         if not isinstance(value, dict) or not isinstance(own, dict):
             found[key] = value
             continue
-        found[key] = with_adapter_axes(value, own)
+        found[key] = _beside_kernels(value, own)
         if "kernel" not in value:
             continue
         *lead, inputs, out = value["kernel"]
         names = {
             "lora_a": (*lead, inputs, None),
             "lora_b": (*lead, None, out),
-            "lora_scale": (*lead,),
+            "lora_scale": tuple(lead[:1]),  # one for all experts
             "dora_m": (*lead, out),
             "ia3_in": (*lead, inputs),
             "ia3_out": (*lead, out),
