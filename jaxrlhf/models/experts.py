@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare
+from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare, found_kernel
+from jaxrlhf.models.quantization import using
 
 
 class Routing(NamedTuple):
@@ -62,10 +63,16 @@ class Grouped(nn.Module):
     def __call__(self, x: jax.Array, sizes: jax.Array) -> jax.Array:
         init = nn.initializers.normal(self.scale / np.sqrt(x.shape[-1]))
         shape = (self.experts, x.shape[-1], self.features)
-        kernel = declare(self, "kernel", init, ("experts", *self.axes), shape, self.param_dtype)
+        axes = ("experts", *self.axes)
+        leaves = found_kernel(self)
+        if not leaves:
+            leaves = {"kernel": declare(self, "kernel", init, axes, shape, self.param_dtype)}
         accumulate = jnp.promote_types(x.dtype, jnp.float32)
-        y = jax.lax.ragged_dot(x, kernel.astype(x.dtype), sizes, preferred_element_type=accumulate)
-        return y.astype(x.dtype)
+
+        def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+            return jax.lax.ragged_dot(x, kernel, sizes, preferred_element_type=accumulate)
+
+        return using(leaves, product)(x).astype(x.dtype)
 
 
 class Experts(nn.Module):

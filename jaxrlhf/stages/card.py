@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxrlhf.config.load import to_yaml
 from jaxrlhf.config.stages import TrainingConfig
+from jaxrlhf.models.quantization import format_in
+from jaxrlhf.stages.models import Model
 from jaxrlhf.stages.recipe import Recipe
 
 METHODS = {
@@ -39,6 +41,15 @@ def model_card(
         "```",
         "",
     ]
+    if adapted is not None and adapted.quantized is not None:
+        lines += [
+            f"Its base was quantized to {adapted.quantized} while it trained, so on the base as it "
+            "is, which the lines above load, its outputs differ slightly from those of training. "
+            "`jaxrlhf export FOLDER --format merged` makes a whole model of exactly what was "
+            "trained: the base quantized and multiplied out again, plus the adapter "
+            "(`onto=original`: of the base as it is).",
+            "",
+        ]
     if reward:
         lines += [
             f"`pad_token_id` is {recipe.pad_token_id}, an id that never occurs as a real token: "
@@ -53,6 +64,27 @@ def model_card(
     told = config.model_copy(update={"output_dir": None})  # where it ran is nobody's business
     lines += ["", "## Settings", "", "```yaml", to_yaml(told).rstrip(), "```", ""]
     return "\n".join(lines)
+
+
+def merged_card(model: Model) -> str | None:
+    """README.md of a merged model whose base was quantized, or of an adapter of such a base."""
+    now = format_in(model.params)
+    trained = model.adapted.quantized if model.adapted is not None else None
+    if now is None and trained is None:
+        return None
+    what = "Weights" if model.adapted is None else "An adapter and its base"
+    if now is None:
+        told = (
+            f"{what}, merged. The adapter was trained on that base quantized to {trained}; here it "
+            "stands on the base as it was before, so outputs differ slightly from training's."
+        )
+    else:
+        told = (
+            f"{what}{', merged' if model.adapted is not None else ''}. The projections of the base "
+            f"were quantized to {now} and multiplied out again: the values, in a wider dtype, with "
+            "which the quantized model computes."
+        )
+    return "\n".join(["---", "library_name: transformers", "tags:", "- jaxrlhf", "---", told, ""])
 
 
 def _loading(auto: str, recipe: Recipe) -> list[str]:

@@ -22,13 +22,15 @@ from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.show import show
 from jaxrlhf.data.tokenizer import decode_continuation, load_tokenizer
 from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.models.quantization import is_quantized
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.models.weights import load_hf, save_hf
 from jaxrlhf.report import write_report
 from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.adapted import merged, write_adapter
+from jaxrlhf.stages.card import merged_card
 from jaxrlhf.stages.completions import stop_ids, without_stop
-from jaxrlhf.stages.models import Model, open_model
+from jaxrlhf.stages.models import Model, open_model, quantized_base
 from jaxrlhf.stages.reward import unused_token
 from jaxrlhf.stages.rows import source_specs
 from jaxrlhf.stages.training import stage_key
@@ -39,7 +41,7 @@ from jaxrlhf.types import LMBatch, Params
 def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
     """A model as an HF folder (an adapter merged into it) or an adapter as a PEFT folder, read back
     and compared bit by bit; merged weights also by the logits they give."""
-    model = open_model(config.model, mesh)
+    model = _to_export(config, mesh)
     if config.format != "hf" and model.adapted is None:
         raise ConfigError(
             f"format = {config.format}: {model.source} is no adapter but a whole model; say hf"
@@ -53,9 +55,11 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
         assert model.adapted is not None
         write_adapter(partial, model.params, model.adapted, model.config, model.kind)
     else:
-        whole = model if model.adapted is None else merged(model, config.model.param_dtype)
-        if model.adapted is not None:
+        whole, card = model, None
+        if model.adapted is not None or is_quantized(model.params):
+            whole = merged(model, config.model.param_dtype)
             print(f"export: {merging_error(model, whole)}", flush=True)
+            card = merged_card(model)
         save_hf(
             partial,
             whole.params,
@@ -63,6 +67,7 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
             kind=model.kind,
             pad_token_id=unused_token(model) if model.kind == "reward" else None,
             hf_config=model.hf_config,
+            model_card=card,
         )
         back = load_hf(partial, kind=model.kind)
         if content_digest(back.params) != content_digest(whole.params):
@@ -74,6 +79,16 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
     partial.rename(folder)
     print(f"export: {model.source} is in {folder}", flush=True)
     return {}, []
+
+
+def _to_export(config: ExportConfig, mesh: Mesh) -> Model:
+    """The model as it is to be exported: an adapter of a quantized base on that very base, unless
+    `onto` says the original or `model.quantize` something else."""
+    section = config.model
+    if section.quantize is None and config.onto == "trained" and config.format != "peft":
+        assert section.path is not None
+        section = section.model_copy(update={"quantize": quantized_base(section.path)})
+    return open_model(section, mesh)
 
 
 def merging_error(model: Model, whole: Model) -> str:

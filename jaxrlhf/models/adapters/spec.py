@@ -29,6 +29,7 @@ from jaxrlhf.models.adapters.modules import (
 )
 from jaxrlhf.models.adapters.trees import Path, at, join, put, split
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.quantization import FORMATS, axes_beside, dense_kernel
 
 Params = dict[str, Any]
 Kind = Literal["lora", "dora", "ia3"]
@@ -258,7 +259,7 @@ def init_adapter(key: jax.Array, adapter: Adapter, params: Params, dtype: str) -
                     real = jnp.arange(rank) < jnp.asarray(ranks)[:, None]
                     leaves["lora_a"] = jnp.where(real[:, None, :], a, 0).astype(dtype)
                 if adapter.kind == "dora":
-                    kernel = at(params, part)["kernel"].astype(jnp.float32)
+                    kernel = dense_kernel(at(params, part), jnp.float32)
                     leaves["dora_m"] = jnp.sqrt(jnp.sum(kernel * kernel, axis=-2)).astype(dtype)
             for name, leaf in leaves.items():
                 put(found, f"{part}/{name}", leaf)
@@ -266,7 +267,8 @@ def init_adapter(key: jax.Array, adapter: Adapter, params: Params, dtype: str) -
 
 
 def with_adapter_axes(axes: Params, params: Params) -> Params:
-    """Logical axis names with those of the adapter leaves that `params` has, beside the kernel's.
+    """Logical axis names with those of the adapter leaves that `params` has, beside the kernel's,
+    and of the leaves that a quantized kernel is stored in.
 
     The rank lives whole on every device; the other dimension where the kernel's does.
     """
@@ -288,5 +290,7 @@ def with_adapter_axes(axes: Params, params: Params) -> Params:
             "ia3_in": (*lead, inputs),
             "ia3_out": (*lead, out),
         }
+        for name in FORMATS:
+            names |= axes_beside(value["kernel"], name)
         found[key] |= {name: names[name] for name in own if name in names}
     return found
