@@ -164,6 +164,11 @@ class ModelSection(Section):
         default="float32", description="what is computed in; frozen models are stored so"
     )
     param_dtype: DType = Field(default="float32", description="the master weights that train")
+    quantize: Literal["nf4", "int8", "int4"] | None = Field(
+        default=None,
+        description="how frozen models keep the projections of their layers: four or eight bits "
+        "instead of dtype; training then needs an adapter (QLoRA)",
+    )
     remat: bool = Field(
         default=False,
         description="recompute activations in the backward pass: less memory, ~17 % slower",

@@ -93,6 +93,14 @@ class TrainingConfig(StageConfig):
                 f"train.only = {self.train.only} trains parameters of the model, model.adapter "
                 "others beside them: give one (model.adapter.modules_to_save trains both)"
             )
+        if self.model.quantize is not None and self.model.adapter is None:
+            only = self.train.only
+            trains = f"with train.only = {only}" if only else "without model.adapter"
+            yield (
+                f"model.quantize = {self.model.quantize} is of weights that stay as they are, and "
+                f"{trains} they would train: rounded to a few values, they cannot move by small "
+                "steps. Train an adapter on them (model.lora.rank=16), or leave quantize out"
+            )
         watched = self.train.eval_every is not None or self.train.keep_best is not None
         if watched and not self.data.holds_out:
             key = "keep_best" if self.train.keep_best is not None else "eval_every"
@@ -357,6 +365,11 @@ class ExportConfig(StageConfig):
         default="hf",
         description="hf: config.json, safetensors, tokenizer, an adapter merged into them; "
         "merged: the same, of an adapter only; peft: the adapter alone",
+    )
+    onto: Literal["trained", "original"] = Field(
+        default="trained",
+        description="an adapter of a quantized base is merged into: trained = that base, so that "
+        "it is exactly what was trained; original = the weights before they were quantized",
     )
     output: PathName | None = Field(
         default=None, description="the folder; null = export/ in the run"

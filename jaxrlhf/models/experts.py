@@ -15,7 +15,8 @@ import numpy as np
 
 from jaxrlhf.models.adapters import apply as adapters
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare
+from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare, found_kernel
+from jaxrlhf.models.quantization import using
 
 
 class Routing(NamedTuple):
@@ -75,8 +76,11 @@ class Grouped(nn.Module):
         """first: the leaves of the projection that this one shares its A with."""
         init = nn.initializers.normal(self.scale / np.sqrt(x.shape[-1]))
         shape = (self.experts, x.shape[-1], self.features)
-        kernel = declare(self, "kernel", init, ("experts", *self.axes), shape, self.param_dtype)
-        y = multiply_groups(x, kernel, sizes)
+        leaves = found_kernel(self)
+        if not leaves:
+            axes = ("experts", *self.axes)
+            leaves = {"kernel": declare(self, "kernel", init, axes, shape, self.param_dtype)}
+        y = using(leaves, lambda x, kernel: multiply_groups(x, kernel, sizes))(x)
         own: dict[str, Any] = {
             name: self.get_variable("params", name)
             for name in adapters.NAMES  # found, never declared

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models import quantization
 from jaxrlhf.models.adapters import apply as adapters
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.products import multiply
@@ -29,7 +30,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def apply_base(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     """One projection without its adapters: [..., in] to [..., out]."""
-    y = multiply(x, leaves["kernel"])
+    y = quantization.using(leaves, multiply)(x)
     if "bias" in leaves:
         y += leaves["bias"].astype(y.dtype)
     return y
@@ -44,7 +45,9 @@ def apply_weights(leaves: dict[str, jax.Array], x: jax.Array) -> jax.Array:
 def fuse_weights(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array] | None:
     """Projections of one input side by side as a single one; None where their leaves forbid it."""
     first = parts[0].keys()
-    if first - {"kernel", "bias"} or any(part.keys() != first for part in parts):
+    if first - {"kernel", "bias", *quantization.NAMES} or any(
+        part.keys() != first for part in parts
+    ):
         return None
     return {name: jnp.concatenate([part[name] for part in parts], axis=-1) for name in first}
 
@@ -55,6 +58,15 @@ def declare(module: nn.Module, name: str, init, axes: tuple, shape: tuple, dtype
         name, nn.with_logical_partitioning(init, axes), shape, jnp.dtype(dtype)
     )
     return leaf
+
+
+def found_kernel(module: nn.Module) -> dict[str, jax.Array]:
+    """The leaves of a module's kernel if it is stored in few bits: found, never declared."""
+    found = {}
+    for name in quantization.NAMES:
+        if module.has_variable("params", name):
+            found[name] = module.get_variable("params", name)
+    return found
 
 
 class Dense(nn.Module):
@@ -76,7 +88,9 @@ class Dense(nn.Module):
         """The leaves of this projection, declared on `inputs` features."""
         init = nn.initializers.normal(self.scale / np.sqrt(inputs))
         shape, dtype = (inputs, self.features), self.param_dtype
-        leaves = {"kernel": declare(self, "kernel", init, self.axes, shape, dtype)}
+        leaves = found_kernel(self)
+        if not leaves:
+            leaves = {"kernel": declare(self, "kernel", init, self.axes, shape, dtype)}
         if self.use_bias:
             zeros = nn.initializers.zeros
             leaves["bias"] = declare(self, "bias", zeros, self.axes[1:], shape[1:], dtype)

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple, cast
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxrlhf.models.adapters.bottleneck import bottleneck
 from jaxrlhf.models.adapters.merging import merge
@@ -45,6 +44,7 @@ from jaxrlhf.models.layers import (
     fuse_weights,
     visiting,
 )
+from jaxrlhf.models.quantization import numbers
 from jaxrlhf.models.rope import rope_angles, rope_choice
 from jaxrlhf.ops.placement import on_mesh, place
 
@@ -465,6 +465,8 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
 
     Adapters are merged; q, k, v (and gate, up) become one matrix if runtime.fuse. Do it once,
     before the loop; every function here takes either form. Norms and biases keep their dtype.
+    Quantized kernels stay so, and adapters beside them: merged they would need the memory that
+    quantizing saves.
     """
     if isinstance(params["layers"], (tuple, list)):
         return params
@@ -483,7 +485,8 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
 
     layers = []
     for index in range(config.num_layers):
-        layer = merge(jax.tree.map(lambda leaf: leaf[index], params["layers"]))  # noqa: B023
+        layer = jax.tree.map(lambda leaf: leaf[index], params["layers"])  # noqa: B023
+        layer = merge(layer, quantized=False)
         layer = jax.tree_util.tree_map_with_path(computed, layer)
         layer["attention"] = fused(layer["attention"], ("q", "k", "v"), "qkv")
         if "mlp" in layer:
@@ -610,5 +613,6 @@ def decode_step(
 
 
 def count_params(params: Params) -> int:
-    """Numbers in a tree of arrays or ShapeDtypeStructs."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+    """A model's numbers in a tree of arrays or ShapeDtypeStructs, however they are stored."""
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return sum(numbers(str(getattr(path[-1], "key", "")) if path else "", x) for path, x in leaves)

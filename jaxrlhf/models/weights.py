@@ -34,6 +34,7 @@ from jaxrlhf.models.families import (
     config_to_hf,
     supported,
 )
+from jaxrlhf.models.quantization import can_quantize, encode_stacked, stored
 from jaxrlhf.models.transformer import abstract_params
 
 Params = dict[str, Any]
@@ -401,12 +402,51 @@ def _place(read, shape, dtype, sharding) -> jax.Array:
     return jax.make_array_from_callback(tuple(shape), sharding, part)
 
 
+def _place_quantized(read, shape, name: str, shardings) -> Params:
+    """The leaves that a kernel is stored in, encoded layer by layer from what `read` gives: beside
+    the few bits of its shards the host holds one layer's kernel at a time.
+
+    All of a column is read even where a device keeps some of its rows: blocks are not cut.
+    """
+    parts: dict[tuple, dict[str, np.ndarray]] = {}
+
+    def columns(index) -> dict[str, np.ndarray]:
+        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
+        bounds[-2] = (0, shape[-2])
+        if (key := tuple(bounds)) not in parts:
+            lead, inner = bounds[:-2], [slice(*bound) for bound in bounds[-2:]]
+
+            def one(at: tuple[int, ...]) -> np.ndarray:
+                first = [n + start for n, (start, _) in zip(at, lead, strict=True)]
+                outer = [slice(n, n + 1) for n in first]
+                return read((*outer, *inner)).reshape(shape[-2], -1)
+
+            parts[key] = encode_stacked(one, tuple(b - a for a, b in lead), name)
+        return parts[key]
+
+    whole = tuple(slice(0, size) for size in shape)
+    found: Params = {}
+    for leaf, struct in stored(shape, name).items():
+        where = shardings.get(leaf) if isinstance(shardings, dict) else shardings
+        if where is None:
+            found[leaf] = jnp.asarray(columns(whole)[leaf])
+            continue
+
+        def part(index, leaf=leaf):
+            rows = (*[slice(None)] * (len(shape) - 2), index[-2], slice(None))
+            return columns((*index[:-2], slice(None), index[-1]))[leaf][rows]
+
+        found[leaf] = jax.make_array_from_callback(struct.shape, where, part)
+    return found
+
+
 def load_hf(
     folder: str | os.PathLike,
     *,
     kind: str | None = None,
     dtype: str | None = None,
     shardings: Params | None = None,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """Reads a Hugging Face model folder (config.json + safetensors, one file or indexed shards).
 
@@ -415,6 +455,8 @@ def load_hf(
         dtype: of the parameters; None keeps what is stored.
         shardings: tree of the parameters' shardings (parallel.rules), or one sharding for all;
             each process then reads only the byte ranges of its own shards.
+        quantize: one of quantization.FORMATS for the kernels of layers, from the stored values
+            whatever `dtype`; `shardings` then has the leaves that those are stored in.
 
     Raises:
         ModelError: the folder is missing, damaged, of another kind, of an unsupported family, or
@@ -450,6 +492,14 @@ def load_hf(
         for tensor, leaves in layout:
             for part, (path, leaf) in enumerate(leaves):
                 read = _leaf_reader(files, names, tensor, part, leaves, config.head_size)
+                if quantize and can_quantize(tuple(path.split("/")), leaf.shape):
+                    home = path.rsplit("/", 1)[0]
+                    where_to = _get(shardings, home) if isinstance(shardings, dict) else shardings
+                    for own, value in _place_quantized(
+                        read, leaf.shape, quantize, where_to
+                    ).items():
+                        _put(params, f"{home}/{own}", value)
+                    continue
                 sharding = _get(shardings, path) if isinstance(shardings, dict) else shardings
                 first = names[_name(tensor, _numbers(tensor, leaf)[0])]
                 as_dtype = jnp.dtype(dtype) if dtype else files.dtypes[first]

@@ -25,6 +25,7 @@ from jaxrlhf.models.adapters.peft import load_adapter, save_adapter
 from jaxrlhf.models.adapters.spec import Adapter, AdapterSpec, init_adapter, resolve
 from jaxrlhf.models.adapters.trees import join, places, split, with_dropout
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.quantization import cast, dequantize, is_quantized
 from jaxrlhf.models.transformer import count_params
 from jaxrlhf.stages.models import (
     Adapted,
@@ -33,6 +34,7 @@ from jaxrlhf.stages.models import (
     copy_params,
     open_model,
     param_shardings,
+    refuse_whole,
     trunk,
 )
 from jaxrlhf.train.digest import content_digest
@@ -67,8 +69,14 @@ def open_trained(
 
     Raises:
         ConfigError: the adapter's settings do not fit the model, or not the adapter there.
+        ModelError: whole projections of a quantized model are to train.
     """
     if section.adapter is None:
+        if section.quantize:
+            raise ConfigError(
+                f"model.quantize = {section.quantize}: quantized weights do not train; give "
+                "model.adapter"
+            )
         model = open_model(section, mesh, kind=kind, key=key)
         model = model if model.adapted is None else merged(model, section.param_dtype)
         if not only:
@@ -76,9 +84,13 @@ def open_trained(
         return dataclasses.replace(model, only=parse_only(tuple(only), model.config))
     model = open_model(section, mesh, kind=kind, key=key, frozen=True)
     adapter = resolve(spec_of(section.adapter), model.config, heads=_heads(model, heads))
+    if section.quantize:
+        refuse_whole(adapter, f"model.quantize = {section.quantize}: model.adapter")
     if model.adapted is not None:
         return _continued(model, adapter, section)
-    base = Adapted(adapter, model.source, model.home, model.params, fresh=True)
+    base = Adapted(
+        adapter, model.source, model.home, model.params, fresh=True, quantized=section.quantize
+    )
     key, text = jax.random.fold_in(key, 1), start_text(section.adapter, model)
     return with_adapter(model, base, section.param_dtype, key, mesh, text)
 
@@ -164,7 +176,9 @@ def _continued(model: Model, adapter: Adapter, section: TrainedModelSection) -> 
     dtype = jnp.dtype(section.param_dtype)
     trained, frozen = split(model.params, there.trains)
     trained = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), trained)
-    adapted = dataclasses.replace(model.adapted, adapter=adapter, fresh=False)
+    adapted = dataclasses.replace(
+        model.adapted, adapter=adapter, fresh=False, quantized=section.quantize
+    )
     return dataclasses.replace(model, params=join(trained, frozen), adapted=adapted)
 
 
@@ -180,7 +194,8 @@ def _said(adapter: Adapter) -> str:
 
 
 def merged(model: Model, dtype: str) -> Model:
-    """The same model without adapters: they are added into its kernels.
+    """The same model of plain kernels: adapters are added into them, quantized ones multiplied
+    out.
 
     Raises:
         ConfigError: the adapter is of a kind that no kernel can hold.
@@ -194,7 +209,9 @@ def merged(model: Model, dtype: str) -> Model:
         )
 
     def make(params: Params) -> Params:
-        return merge(jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params))
+        if not is_quantized(params):
+            return merge(cast(params, dtype))
+        return cast(dequantize(merge(params)), dtype)
 
     return dataclasses.replace(model, params=jax.jit(make)(model.params), adapted=None)
 
@@ -271,6 +288,7 @@ def write_adapter(
         kind=kind,
         base=adapted.named(),
         base_content=adapted.content(),
+        base_quantized=adapted.quantized,
         model_card=card,
     )
     if jax.process_count() == 1:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxrlhf.config.load import to_yaml
 from jaxrlhf.config.stages import TrainingConfig
+from jaxrlhf.models.quantization import format_in
 from jaxrlhf.stages.models import Adapted, Model
 from jaxrlhf.stages.recipe import Recipe
 
@@ -37,12 +38,34 @@ def model_card(
     return "\n".join(lines)
 
 
-def export_card(model: Model, pad_token_id: int | None, checks: list[str]) -> str:
+def export_card(
+    model: Model, pad_token_id: int | None, checks: list[str], note: str | None = None
+) -> str:
     """README.md of a folder that `export` wrote: what it is, how to use it, what was checked."""
     told = f"exported by jaxrlhf\n\nFrom `{Path(model.source).name}`."
+    told += "" if note is None else f" {note}"
     lines = _head("export", model.kind, model.adapted, pad_token_id, told)
     lines += ["## Checked", "", *(f"- {check}" for check in checks), ""]
     return "\n".join(lines)
+
+
+def merged_note(model: Model) -> str | None:
+    """What is to be said of a merged model whose base was quantized, or of an adapter of one."""
+    now = format_in(model.params)
+    trained = model.adapted.quantized if model.adapted is not None else None
+    if now is None and trained is None:
+        return None
+    what = "Weights" if model.adapted is None else "An adapter and its base"
+    if now is None:
+        return (
+            f"{what}, merged. The adapter was trained on that base quantized to {trained}; here it "
+            "stands on the base as it was before, so outputs differ slightly from training's."
+        )
+    return (
+        f"{what}{', merged' if model.adapted is not None else ''}. The projections of the base "
+        f"were quantized to {now} and multiplied out again: the values, in a wider dtype, with "
+        "which the quantized model computes."
+    )
 
 
 def _head(
@@ -64,6 +87,15 @@ def _head(
         "```",
         "",
     ]
+    if adapted is not None and adapted.quantized is not None:
+        lines += [
+            f"Its base was quantized to {adapted.quantized} while it trained, so on the base as it "
+            "is, which the lines above load, its outputs differ slightly from those of training. "
+            "`jaxrlhf export FOLDER --format merged` makes a whole model of exactly what was "
+            "trained: the base quantized and multiplied out again, plus the adapter "
+            "(`onto=original`: of the base as it is).",
+            "",
+        ]
     if reward:
         lines += [
             f"`pad_token_id` is {pad_token_id}, an id that never occurs as a real token: "

@@ -16,11 +16,12 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config.stages import ExportConfig
 from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.models.quantization import is_quantized
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.models.weights import load_hf, save_hf
 from jaxrlhf.stages.adapted import merged, write_adapter
-from jaxrlhf.stages.card import export_card
-from jaxrlhf.stages.models import Model, open_model
+from jaxrlhf.stages.card import export_card, merged_note
+from jaxrlhf.stages.models import Model, open_model, quantized_base
 from jaxrlhf.stages.reward import unused_token
 from jaxrlhf.train.digest import content_digest
 from jaxrlhf.types import LMBatch, Params
@@ -30,7 +31,7 @@ ROWS, LENGTH = 4, 64  # of the random tokens that are compared
 
 def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
     """A model as an HF folder (an adapter merged into it) or an adapter as a PEFT folder."""
-    model = open_model(config.model, mesh)
+    model = _to_export(config, mesh)
     if config.format != "hf" and model.adapted is None:
         raise ConfigError(
             f"format = {config.format}: {model.source} is no adapter but a whole model; say hf"
@@ -41,13 +42,14 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     pad = unused_token(model) if model.kind == "reward" else None
-    checks = []
+    checks, note = [], None
     if config.format == "peft":
         assert model.adapted is not None
         write_adapter(partial, model.params, model.adapted, model.config, model.kind)
     else:
-        whole = model if model.adapted is None else merged(model, config.model.param_dtype)
-        if model.adapted is not None:
+        whole = model
+        if model.adapted is not None or is_quantized(model.params):
+            whole, note = merged(model, config.model.param_dtype), merged_note(model)
             checks.append(merging_error(model, whole))
         save_hf(
             partial,
@@ -67,13 +69,23 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
     for check in checks:
         print(f"export: {check}", flush=True)
     model.tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(export_card(model, pad, checks), encoding="utf-8")
+    (partial / "README.md").write_text(export_card(model, pad, checks, note), encoding="utf-8")
     if folder.exists():
         folder.rmdir()
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial.rename(folder)
     print(f"export: {model.source} is in {folder}", flush=True)
     return {}, []
+
+
+def _to_export(config: ExportConfig, mesh: Mesh) -> Model:
+    """The model as it is to be exported: an adapter of a quantized base on that very base, unless
+    `onto` says the original or `model.quantize` something else."""
+    section = config.model
+    if section.quantize is None and config.onto == "trained" and config.format != "peft":
+        assert section.path is not None
+        section = section.model_copy(update={"quantize": quantized_base(section.path)})
+    return open_model(section, mesh)
 
 
 def random_rows(model: Model, without: int | None = None) -> LMBatch:
@@ -132,8 +144,11 @@ def compared_with_transformers(folder: Path, model: Model, pad: int | None) -> s
     absent = [name for name in needed if importlib.util.find_spec(name) is None]
     if absent:
         return f"not compared with transformers: {' and '.join(absent)} not installed"
-    if model.adapted is not None and model.adapted.home is None:
-        return "not compared with PEFT: its base is in no folder here"
+    if model.adapted is not None:
+        if model.adapted.adapter.kind == "bottleneck":
+            return "not compared with PEFT, which has no bottleneck adapters"
+        if model.adapted.home is None:
+            return "not compared with PEFT: its base is in no folder here"
     rows = random_rows(model, without=pad)
     outputs, what = outputs_of(model)
     ours = np.asarray(
@@ -178,6 +193,7 @@ def _theirs(folder: Path, model: Model, tokens: np.ndarray, pad: int | None) -> 
         logits = loaded(input_ids=torch.tensor(tokens, dtype=torch.long)).logits
         if reward:
             return logits.numpy()
-        logs = torch.log_softmax(logits[:, :-1].float(), -1)
+        own = logits[:, -tokens.shape[1] : -1]  # virtual tokens stand before
+        logs = torch.log_softmax(own.float(), -1)
         following = torch.tensor(tokens[:, 1:, None], dtype=torch.long)
         return logs.gather(-1, following)[..., 0].numpy()

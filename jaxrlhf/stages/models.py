@@ -27,11 +27,13 @@ from jaxrlhf.models.adapters.peft import (
     is_adapter,
     load_adapter,
     read_adapter_config,
+    recorded,
 )
 from jaxrlhf.models.adapters.spec import Adapter, with_adapter_axes
 from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.families import config_from_hf
+from jaxrlhf.models.quantization import cast, is_projection, is_quantized, quantize
 from jaxrlhf.models.resize import enlarge_vocabulary
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
 from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config, weights_digest
@@ -48,7 +50,8 @@ class Adapted:
     """How a model stands on a base: which adapter, and the base's own tree (the same arrays).
 
     `base` is what the user wrote, `home` the HF folder of its weights, if they are from one;
-    `fresh` where the adapter is new and changes nothing yet.
+    `fresh` where the adapter is new and changes nothing yet; `quantized` how the base is, or was,
+    stored where the adapter trains (model.quantize).
     """
 
     adapter: Adapter
@@ -56,6 +59,7 @@ class Adapted:
     home: Path | None
     params: Params
     fresh: bool = False
+    quantized: str | None = None
 
     def named(self) -> str:
         """How adapter_config.json names the base: a folder here, or a hub name."""
@@ -192,15 +196,17 @@ def open_model(
         config = config_from_hf(hf, str(home / "config.json"))
         # How wide a score head is does not matter to where it lives.
         heads = ("lm", "score")
-        where, _ = shardings(
-            logical_axes(config, heads=heads), abstract_params(config, heads=heads), mesh
-        )
-        loaded = load_hf(home, kind=kind, dtype=dtype, shardings=where)
+        shapes, axes = abstract_params(config, heads=heads), logical_axes(config, heads=heads)
+        if section.quantize:
+            shapes = quantize(shapes, section.quantize)
+            axes = with_adapter_axes(axes, shapes)
+        where, _ = shardings(axes, shapes, mesh)
+        loaded = load_hf(home, kind=kind, dtype=dtype, shardings=where, quantize=section.quantize)
         params, found = loaded.params, loaded.kind
         ends = loaded.generation_config.get("eos_token_id", hf.get("eos_token_id"))
     else:
         home = run / "tokenizer"
-        params, config, found, hf = _from_checkpoint(run, dtype)
+        params, config, found, hf = _from_checkpoint(run, dtype, section.quantize)
         params = jax.device_put(params, param_shardings(params, config, mesh))
         ends = hf.get("eos_token_id")
     if kind is not None and found != kind:
@@ -331,7 +337,9 @@ def _adapter_on(
     own: bool,
 ) -> Model:
     loaded = load_adapter(home, base.config, base.params, kind=kind, dtype=section.dtype)
-    adapted = Adapted(loaded.adapter, base.source, base.home, base.params)
+    adapted = Adapted(
+        loaded.adapter, base.source, base.home, base.params, quantized=loaded.base_quantized
+    )
     content = adapted.content() if loaded.base_content else None
     if content is not None and content != loaded.base_content:
         raise ModelError(
@@ -360,7 +368,8 @@ def _resumable_adapter(
         raise ModelError(f"{source} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
     adapter = adapter_of(said, config, found, str(run))
     trained = {key: value for key, value in trained.items() if key != "value"}
-    adapted = Adapted(adapter, base.source, base.home, base.params)
+    quantized = _meta_of_checkpoint(run).get("quantized")
+    adapted = Adapted(adapter, base.source, base.home, base.params, quantized=quantized)
     leaves = join(trained, adapter.constants())
     return _on_base(section, mesh, source, base, adapted, leaves, found, run / "tokenizer", own)
 
@@ -376,6 +385,7 @@ def _on_base(
     home: Path,
     own: bool,
 ) -> Model:
+    _check_quantized(section, source, adapted)
     under = base.params if kind == "lm" else trunk(base.params)
     params = adapted.adapter.on(under, leaves)
     where = param_shardings(params, base.config, mesh)
@@ -401,12 +411,56 @@ def _on_base(
     )
 
 
-def _adapter_of_checkpoint(run: Path) -> dict[str, Any] | None:
-    """What an unfinished run says of its adapter; None where all its parameters train."""
+def _check_quantized(section: ModelSection, source: str, adapted: Adapted) -> None:
+    """Says where an adapter is used on other bits than it was trained on.
+
+    Raises:
+        ModelError: it replaces whole projections, which a quantized base has no place for.
+    """
+    if is_quantized(adapted.params):
+        refuse_whole(adapted.adapter, f"model.quantize = {section.quantize}: {source}")
+    if adapted.quantized not in (None, section.quantize):
+        now = f"quantized to {section.quantize}" if section.quantize else "as it is"
+        print(
+            f"note: {source} was trained on its base quantized to {adapted.quantized}, and is used "
+            f"on it {now}; model.quantize={adapted.quantized} gives exactly what was trained",
+            flush=True,
+        )
+
+
+def quantized_base(source: str) -> str | None:
+    """How the base of an adapter was quantized while that trained, by what the adapter says."""
+    folder, run = _resolve(source)
+    home = run / "export" if run is not None else folder
+    if is_adapter(home):
+        return recorded(home)
+    return None if run is None or is_model(home) else _meta_of_checkpoint(run).get("quantized")
+
+
+def refuse_whole(adapter: Adapter, where: str) -> None:
+    """Raises ModelError if an adapter trains whole projections, which quantized ones cannot."""
+    whole = [
+        module.short
+        for module in adapter.saved
+        if any(is_projection(tuple(path.split("/"))) for _, own, _ in module.leaves for path in own)
+    ]
+    if whole:
+        raise ModelError(
+            f"{where} trains {', '.join(whole)} whole (modules_to_save), which in a quantized base "
+            "are rounded to a few values: adapt them instead (targets), or leave quantize out"
+        )
+
+
+def _meta_of_checkpoint(run: Path) -> dict[str, Any]:
     checkpoints = Checkpoints(run)
     step = checkpoints.best()
     step = checkpoints.latest() if step is None else step
-    return None if step is None else checkpoints.read_meta(step).get("adapter")
+    return {} if step is None else checkpoints.read_meta(step)
+
+
+def _adapter_of_checkpoint(run: Path) -> dict[str, Any] | None:
+    """What an unfinished run says of its adapter; None where all its parameters train."""
+    return _meta_of_checkpoint(run).get("adapter")
 
 
 def is_model(folder: Path) -> bool:
@@ -465,7 +519,9 @@ def _resolve(source: str) -> tuple[Path, Path | None]:
         ) from error
 
 
-def _from_checkpoint(run: Path, dtype: str) -> tuple[Params, ModelConfig, str, dict[str, Any]]:
+def _from_checkpoint(
+    run: Path, dtype: str, quantized: str | None = None
+) -> tuple[Params, ModelConfig, str, dict[str, Any]]:
     """(parameters, architecture, kind, hf config) of a run that has not been exported yet."""
     checkpoints = Checkpoints(run)
     params, step = checkpoints.restore_params(step=checkpoints.best())
@@ -477,7 +533,7 @@ def _from_checkpoint(run: Path, dtype: str) -> tuple[Params, ModelConfig, str, d
         )
     for name in meta["exported"]:
         params = params[name]
-    params = jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
+    params = cast(quantize(params, quantized) if quantized else params, dtype)
     return params, ModelConfig.from_dict(meta["model"]), meta["kind"], meta["hf_config"]
 
 

@@ -19,6 +19,7 @@ from jaxrlhf.losses.reward import REWARD_LOSSES
 from jaxrlhf.models.adapters.only import parse_only
 from jaxrlhf.models.adapters.spec import Adapter, resolve
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.models.quantization import quantize
 from jaxrlhf.models.rows import row_scores
 from jaxrlhf.models.transformer import abstract_params
 from jaxrlhf.parallel.compiling import jit
@@ -99,6 +100,8 @@ class _Builder:
         kept = frozen or adapter is not None
         dtype = self.runtime.dtype if kept else self.runtime.param_dtype
         shapes = abstract_params(self.architecture, heads=heads, param_dtype=dtype)
+        if kept and self.config.model.quantize:
+            shapes = quantize(shapes, self.config.model.quantize)
         if adapter is not None:
             shapes = abstract_adapted(adapter, shapes, self.runtime.param_dtype, self.architecture)
         return shapes, axes_of(shapes, self.architecture)

@@ -166,7 +166,8 @@ def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) 
         optimizer(config.optim, recipe.steps * recipe.updates)[0].init, recipe.params
     )
     weights, gradients = size_of(recipe.params), 4 * count_params(recipe.params)
-    frozen = {str(id(x)): x for x in jax.tree.leaves(recipe.frozen)}  # what is shared counts once
+    named = jax.tree_util.tree_leaves_with_path(recipe.frozen)
+    frozen = {str(id(x)): {path[-1].key: x} for path, x in named}  # what is shared counts once
     base = f" of {parameters + count_params(frozen):,}" if frozen else ""
     kept = f"; frozen {size_of(frozen) / 1e6:,.1f} MB" if frozen else ""
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
@@ -225,6 +226,7 @@ def _run(
             kind=recipe.kind,
             base=recipe.adapted.named(),
         )
+        meta["quantized"] = recipe.adapted.quantized
     checkpoints = Checkpoints(
         output,
         meta=meta,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.products import multiply
+from jaxrlhf.models.quantization import dense_kernel
 
 Leaves = dict[str, jax.Array]
 
@@ -59,7 +60,8 @@ def column_norms(leaves: Mapping[str, jax.Array]) -> jax.Array:
 
     |w + s A b|^2 = |w|^2 + 2 s (w A) b + s^2 b (A^T A) b
     """
-    w, a, b = (leaves[name].astype(jnp.float32) for name in ("kernel", "lora_a", "lora_b"))
+    w = dense_kernel(leaves, jnp.float32)
+    a, b = (leaves[name].astype(jnp.float32) for name in ("lora_a", "lora_b"))
     s = leaves["lora_scale"].astype(jnp.float32)[..., None]
     square = jnp.sum(w * w, axis=-2)
     cross = jnp.sum((a.swapaxes(-1, -2) @ w) * b, axis=-2)

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrlhf.models.adapters.apply import NAMES, SHARES, borrow, column_norms
+from jaxrlhf.models.quantization import NAMES as STORED
+from jaxrlhf.models.quantization import SCALE, dense_kernel, format_of, has_kernel
 
 Params = dict[str, Any]
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -34,8 +36,8 @@ def _added(leaves: Params) -> jax.Array:
 
 
 def _merged(leaves: Params) -> Params:
-    kernel = leaves["kernel"]
-    wide = kernel.astype(jnp.float32)
+    wide = dense_kernel(leaves, jnp.float32)
+    dtype = leaves["kernel" if "kernel" in leaves else SCALE].dtype
     bias = leaves.get("bias")
     if "lora_b" in leaves:
         if "dora_m" in leaves:
@@ -49,7 +51,7 @@ def _merged(leaves: Params) -> Params:
         out = leaves["ia3_out"].astype(jnp.float32)
         wide = wide * out[..., None, :]
         bias = None if bias is None else (bias.astype(jnp.float32) * out).astype(bias.dtype)
-    return {"kernel": wide.astype(kernel.dtype)} | ({} if bias is None else {"bias": bias})
+    return {"kernel": wide.astype(dtype)} | ({} if bias is None else {"bias": bias})
 
 
 def _unmerged(leaves: Params) -> Params:
@@ -69,23 +71,31 @@ def _unmerged(leaves: Params) -> Params:
     return {"kernel": wide.astype(kernel.dtype)} | ({} if bias is None else {"bias": bias})
 
 
-def _walk(tree: Any, change: Callable[[Params], Params]) -> Any:
+def _walk(tree: Any, change: Callable[[Params], Params], quantized: bool = True) -> Any:
     if not has_adapters(tree):
         return tree
     found = {}
     for key, value in tree.items():
-        if isinstance(value, dict) and "kernel" in value and has_adapters(value):
+        if isinstance(value, dict) and has_kernel(value) and has_adapters(value):
+            if not quantized and format_of(value):
+                found[key] = value
+                continue
             value = borrow(value, tree.get(SHARES.get(key, ""), {}))
-            kept = {name: leaf for name, leaf in value.items() if name not in NAMES}
+            gone = (*NAMES, *STORED)
+            kept = {name: leaf for name, leaf in value.items() if name not in gone}
             found[key] = kept | change(value)
         else:
-            found[key] = _walk(value, change)
+            found[key] = _walk(value, change, quantized)
     return found
 
 
-def merge(params: Params) -> Params:
-    """The base's own tree with every adapter added into it; a tree without adapters unchanged."""
-    return _walk(params, _merged)
+def merge(params: Params, *, quantized: bool = True) -> Params:
+    """The base's own tree with every adapter added into it; a tree without adapters unchanged.
+
+    A kernel stored in few bits becomes a plain one in float32, or, unless `quantized`, stays as it
+    is with its adapter beside it.
+    """
+    return _walk(params, _merged, quantized)
 
 
 def unmerge(merged: Params, adapter: Params) -> Params:

@@ -44,6 +44,8 @@ PROMPT_PREFIX = "base_model."  # of modules beside virtual tokens: PEFT wraps no
 TASKS = {"CAUSAL_LM": "lm", "SEQ_CLS": "reward"}
 # In the header of our files: which weights the adapter was trained on (TensorFiles.digest).
 BASE_CONTENT = "base_content"
+# There too: how that base was quantized while it trained, if it was.
+BASE_QUANTIZED = "base_quantized"
 
 READ = {
     "LORA": frozenset(
@@ -83,12 +85,14 @@ class LoadedAdapter:
         leaves: its tree, with the modules that were trained whole.
         kind: of the model it makes of its base: "lm" or "reward".
         base_content: digest of the weights it was trained on, if the file says.
+        base_quantized: how they were quantized while it trained, if they were.
     """
 
     adapter: Adapter
     leaves: Params
     kind: str
     base_content: str | None
+    base_quantized: str | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -313,7 +317,17 @@ def load_adapter(
         metadata = files.metadata()
     finally:
         files.close()
-    return LoadedAdapter(adapter, leaves, found, metadata.get(BASE_CONTENT))
+    content, quantized = metadata.get(BASE_CONTENT), metadata.get(BASE_QUANTIZED)
+    return LoadedAdapter(adapter, leaves, found, content, quantized)
+
+
+def recorded(folder: Path) -> str | None:
+    """How the base of an adapter's folder was quantized in training, as its file's header says."""
+    files = TensorFiles(folder, SINGLE, INDEX)
+    try:
+        return files.metadata().get(BASE_QUANTIZED)
+    finally:
+        files.close()
 
 
 def _check(
@@ -424,6 +438,7 @@ def save_adapter(
     kind: str,
     base: str,
     base_content: str | None = None,
+    base_quantized: str | None = None,
     model_card: str | None = None,
 ) -> None:
     """Writes a PEFT folder: the adapter of a tree, and the modules trained whole with it.
@@ -435,13 +450,15 @@ def save_adapter(
         kind: "lm" or "reward".
         base: folder or hub name of the base, for adapter_config.json.
         base_content: digest of the base's weights, kept in the header of the tensors' file.
+        base_quantized: how the base was quantized in training, kept there too.
 
     Raises:
         ModelError: a value is not finite, or the disk refuses.
     """
     folder = Path(folder)
     writer = jax.process_index() == 0
-    metadata = {BASE_CONTENT: base_content} if base_content else {}
+    said = {BASE_CONTENT: base_content, BASE_QUANTIZED: base_quantized}
+    metadata = {name: text for name, text in said.items() if text}
     try:
         if writer:
             folder.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from jaxrlhf.models.adapters.modules import (
 )
 from jaxrlhf.models.adapters.trees import Path, at, join, put, split
 from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.quantization import FORMATS, axes_beside, dense_kernel
 
 Params = dict[str, Any]
 Kind = Literal["lora", "dora", "ia3", "soft_prompt", "prefix", "bottleneck"]
@@ -311,7 +312,7 @@ def init_adapter(
                     real = real.reshape(layers, *(1,) * (len(lead)), rank)
                     leaves["lora_a"] = jnp.where(real, a, 0).astype(dtype)
                 if adapter.kind == "dora":
-                    kernel = at(params, part)["kernel"].astype(jnp.float32)
+                    kernel = dense_kernel(at(params, part), jnp.float32)
                     leaves["dora_m"] = jnp.sqrt(jnp.sum(kernel * kernel, axis=-2)).astype(dtype)
             for name, leaf in leaves.items():
                 put(found, f"{part}/{name}", leaf)
@@ -319,7 +320,8 @@ def init_adapter(
 
 
 def with_adapter_axes(axes: Params, params: Params) -> Params:
-    """Logical axis names with those of the adapter leaves that `params` has, beside the kernel's.
+    """Logical axis names with those of the adapter leaves that `params` has, beside the kernel's,
+    and of the leaves that a quantized kernel is stored in.
 
     The rank lives whole on every device; the other dimension where the kernel's does.
     """
@@ -345,5 +347,7 @@ def _beside_kernels(axes: Params, params: Params) -> Params:
             "ia3_in": (*lead, inputs),
             "ia3_out": (*lead, out),
         }
+        for name in FORMATS:
+            names |= axes_beside(value["kernel"], name)
         found[key] |= {name: names[name] for name in own if name in names}
     return found
