@@ -27,8 +27,9 @@ from jaxrlhf.models.adapters.spec import Adapter, with_adapter_axes
 from jaxrlhf.models.adapters.trees import join
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.families import config_from_hf
+from jaxrlhf.models.tensor_files import weights_digest
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
-from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config, weights_digest
+from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config
 from jaxrlhf.parallel.rules import shardings
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.types import Params
