@@ -244,6 +244,6 @@ def numbers(name: str, leaf: Any) -> int:
     return each * int(np.prod(leaf.shape))
 
 
-def axes_beside(kernel: tuple, name: str) -> dict[str, tuple]:
+def axes_of_stored(kernel: tuple, name: str) -> dict[str, tuple]:
     """Logical axes of the leaves in which a kernel with these axes is stored: its own."""
     return {f"kernel_{name}": kernel, SCALE: kernel}

@@ -2,12 +2,11 @@
 """Hugging Face model folders to parameters and back, one tensor at a time.
 
 Reading: config.json and the headers of the safetensors files are compared with what the family
-declares before any weight is read; then each leaf is filled slice by slice, straight into its
-sharding, so that the host never holds more than what it must keep and one leaf. Pickles are never
-opened. Writing gives a folder that transformers loads; reading it again gives the same bits.
+declares before any weight is read; then each leaf is filled tensor by tensor, straight into its
+sharding (filling.py). Pickles are never opened. Writing gives a folder that transformers loads;
+reading it again gives the same bits.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,9 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from jaxrlhf.errors import ModelError
 from jaxrlhf.models.config import ModelConfig
@@ -34,22 +31,23 @@ from jaxrlhf.models.families import (
     config_to_hf,
     supported,
 )
+from jaxrlhf.models.filling import Bounds, Source, copy_into, make_arrays
 from jaxrlhf.models.quantization import can_quantize, encode_stacked, stored
+from jaxrlhf.models.tensor_files import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    TensorFiles,
+    listed,
+    not_finite,
+    read_json,
+)
 from jaxrlhf.models.transformer import abstract_params
 
 Params = dict[str, Any]
 KINDS = ("lm", "reward")
 KIND_NAMES = {"lm": "a language model", "reward": "a reward model (sequence classification)"}
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPES = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
-_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_HEADER_LIMIT = 100_000_000  # bytes, as in the safetensors library
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,6 @@ class LoadedModel:
     generation_config: dict[str, Any]
 
 
-def listed(problems: list[str], limit: int = 8) -> str:
-    more = f"\n  ... and {len(problems) - limit} more" if len(problems) > limit else ""
-    return "".join(f"\n  {problem}" for problem in problems[:limit]) + more
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ModelError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelError(f"{path} holds a {type(value).__name__}, not an object")
-    return value
-
-
 def read_hf_config(folder: str | os.PathLike) -> dict[str, Any]:
     """config.json of a model folder; ModelError says what the folder is instead."""
     folder = Path(folder)
@@ -100,143 +83,6 @@ def read_hf_config(folder: str | os.PathLike) -> dict[str, Any]:
     raise ModelError(
         f"{folder} is no model folder: no config.json (it holds: {inside or 'nothing'})"
     )
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(n for n in names if names.count(n) > 1)!r} stands there twice")
-    return values
-
-
-class TensorFiles:
-    """The tensors of a folder: checked headers, then slices on demand (memory-mapped)."""
-
-    def __init__(self, folder: Path, single: str = SINGLE, index: str = INDEX):
-        self.folder = folder
-        self.single, self.index = single, index
-        self.paths: dict[str, Path] = {}  # tensor -> file
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, np.dtype] = {}
-        self._open: dict[Path, Any] = {}
-        if (folder / single).is_file():
-            self._add(folder / single)
-        elif (folder / index).is_file():
-            self._add_indexed(read_json(folder / index))
-        else:
-            self._refuse()
-
-    def _refuse(self):
-        pickles = sorted(
-            p.name for p in self.folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt")
-        )
-        if pickles:
-            raise ModelError(
-                f"{self.folder} has its weights in {pickles[0]}, a pickle, which can run code "
-                "and is never opened: load it with transformers where you trust it, and save it "
-                "again with save_pretrained(folder, safe_serialization=True)"
-            )
-        raise ModelError(f"{self.folder} holds neither {self.single} nor {self.index}")
-
-    def _add_indexed(self, index: dict[str, Any]):
-        where = self.folder / self.index
-        names = index.get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ModelError(f"{where}: weight_map is missing or not an object of file names")
-        for file in sorted(set(names.values())):
-            if Path(file).name != file or not file.endswith(".safetensors"):
-                raise ModelError(f"{where}: {file!r} is not the name of a safetensors file there")
-            if not (self.folder / file).is_file():
-                raise ModelError(f"{where} names {file}, which is missing")
-            self._add(self.folder / file)
-        wrong = [
-            f"{name}: the index says {file}, it is in "
-            f"{self.paths[name].name if name in self.paths else 'none of the files'}"
-            for name, file in names.items()
-            if self.paths.get(name) != self.folder / file
-        ]
-        wrong += [
-            f"{name}: in {p.name}, not in the index"
-            for name, p in self.paths.items()
-            if name not in names
-        ]
-        if wrong:
-            raise ModelError(f"{where} does not fit its files:{listed(wrong)}")
-
-    def _add(self, path: Path):
-        try:
-            with path.open("rb") as file:
-                size = int.from_bytes(file.read(8), "little")
-                if size > _HEADER_LIMIT:
-                    raise ValueError(f"its header claims {size} bytes")
-                header = json.loads(file.read(size), object_pairs_hook=_no_duplicates)
-            # The library checks offsets, overlaps, sizes and the end of the file.
-            opened = safe_open(str(path), framework="numpy").__enter__()
-        except (OSError, ValueError, RecursionError, SafetensorError) as error:
-            size = path.stat().st_size if path.exists() else 0
-            raise ModelError(
-                f"{path} ({size} bytes) is damaged or cut short: {error}. Fetch it again"
-            ) from error
-        self._open[path] = opened
-        for name in opened.keys():  # noqa: SIM118
-            if name in self.paths:
-                raise ModelError(f"{name} is both in {self.paths[name].name} and {path.name}")
-            stored = header[name]["dtype"]
-            if stored not in _DTYPES:
-                raise ModelError(
-                    f"{path}: {name} is stored as {stored}; readable are {', '.join(_DTYPES)} "
-                    "(quantized weights are not supported)"
-                )
-            self.paths[name] = path
-            self.shapes[name] = tuple(header[name]["shape"])
-            self.dtypes[name] = _DTYPES[stored]
-
-    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """A part of one tensor; ModelError if a number in it is not finite."""
-        try:
-            part = self._open[self.paths[name]].get_slice(name)[index]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{self.paths[name]}: {name} cannot be read: {error}") from error
-        # The sum is finite unless an entry is not (or it overflows): one pass, nothing allocated.
-        if not np.isfinite(np.add.reduce(part, axis=None, dtype=np.float64)):
-            bad = int(np.size(part) - np.count_nonzero(np.isfinite(part.astype(np.float64))))
-            if bad:
-                raise ModelError(
-                    f"{self.paths[name]}: {name} holds {bad} values that are NaN or infinite"
-                )
-        return part
-
-    def metadata(self) -> dict[str, str]:
-        """What the files' headers say beside tensors."""
-        found: dict[str, str] = {}
-        for opened in self._open.values():
-            found |= opened.metadata() or {}
-        return found
-
-    def digest(self) -> str:
-        """SHA-256 over the sorted (name, dtype, shape, bytes) of all tensors, however they are
-        spread over files; one tensor is held at a time."""
-        total = hashlib.sha256()
-        for name in sorted(self.paths):
-            shape, dtype = self.shapes[name], self.dtypes[name]
-            total.update(f"{name}\0{dtype.name}\0{','.join(map(str, shape))}\0".encode())
-            values = self.read(name, tuple(slice(0, size) for size in shape))
-            total.update(np.ascontiguousarray(values).reshape(-1).view(np.uint8).data)
-        return total.hexdigest()
-
-    def close(self):
-        for opened in self._open.values():
-            opened.__exit__(None, None, None)
-
-
-def weights_digest(folder: str | os.PathLike) -> str:
-    """The digest of the weights of a model folder (see TensorFiles.digest)."""
-    files = TensorFiles(Path(folder))
-    try:
-        return files.digest()
-    finally:
-        files.close()
 
 
 def _get(tree: Mapping[str, Any], path: str) -> Any:
@@ -338,88 +184,65 @@ def _check(files: TensorFiles, names: dict[str, str], expected: dict[str, tuple]
         raise ModelError(f"the weights of {where} do not fit its config.json:{listed(problems)}")
 
 
-def _leaf_reader(
+def _source(
     files: TensorFiles,
     names: Mapping[str, str],
     tensor: Tensor,
     part: int,
     leaves: list[tuple],
     head: int,
-) -> Callable[[tuple[slice, ...]], np.ndarray]:
-    """A function from an index of our leaf to its values, reading only those (of a tensor that is
-    interleaved by heads of size `head`: all parts of the heads concerned)."""
-    shape = leaves[part][1].shape
-    lead = len(_numbers(tensor, leaves[part][1])[0])
+    dtype: np.dtype,
+) -> Source:
+    """Where a leaf comes from. Of a tensor that several leaves share only this leaf's part is read
+    (one interleaved by heads of size `head`: all parts of the heads concerned)."""
+    leaf = leaves[part][1]
     parts = len(leaves)
     offset = sum(leaf.shape[-1] for _, leaf in leaves[:part])
 
-    def one(name: str, inner: list[slice]) -> np.ndarray:
-        last = inner[-1]
+    def read(numbers: tuple[int, ...], bounds: Bounds) -> np.ndarray:
+        start, stop = bounds[-1]
+        first = start // head
         if tensor.by_head:
-            first = last.start // head
-            rows = slice(first * parts * head, -(-last.stop // head) * parts * head)
+            there = slice(first * parts * head, -(-stop // head) * parts * head)
         else:
-            rows = slice(last.start + offset, last.stop + offset)
-        there = [*inner[:-1], rows]
-        found = files.read(name, tuple(there[::-1] if tensor.transpose else there))
+            there = slice(start + offset, stop + offset)
+        index = (*(slice(*bound) for bound in bounds[:-1]), there)
+        found = files.read(names[_name(tensor, numbers)], index[:: -1 if tensor.transpose else 1])
         found = found.T if tensor.transpose else found
         if not tensor.by_head:
             return found
         each = found.reshape(*found.shape[:-1], -1, parts, head)[..., part, :]
         each = each.reshape(*found.shape[:-1], -1)
-        return each[..., last.start - first * head : last.stop - first * head]
+        return each[..., start - first * head : stop - first * head]
 
-    def read(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
-        inner = [slice(start, stop) for start, stop in bounds[lead:]]
-        if not lead:
-            return np.ascontiguousarray(one(names[_name(tensor, ())], inner))
-        whole: np.ndarray | None = None
-        for numbers in itertools.product(*(range(*bound) for bound in bounds[:lead])):
-            found = one(names[_name(tensor, numbers)], inner)
-            if whole is None:
-                sizes = [stop - start for start, stop in bounds[:lead]]
-                whole = np.empty((*sizes, *found.shape), found.dtype)
-            at = tuple(n - start for n, (start, _) in zip(numbers, bounds, strict=False))
-            whole[at] = found
-        assert whole is not None
-        return whole
-
-    return read
+    return Source(
+        shape=tuple(leaf.shape),
+        dtype=dtype,
+        lead=len(_numbers(tensor, leaf)[0]),
+        read=read,
+        done=lambda numbers: files.release(names[_name(tensor, numbers)]),
+        turned=tensor.transpose,
+    )
 
 
-def _place(read, shape, dtype, sharding) -> jax.Array:
-    if sharding is None:
-        return jnp.asarray(read(tuple(slice(0, size) for size in shape)).astype(dtype, copy=False))
-    parts: dict[tuple, np.ndarray] = {}
-
-    def part(index):
-        key = tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
-        if key not in parts:
-            parts[key] = read(index).astype(dtype, copy=False)
-        return parts[key]
-
-    return jax.make_array_from_callback(tuple(shape), sharding, part)
-
-
-def _place_quantized(read, shape, name: str, shardings) -> Params:
-    """The leaves that a kernel is stored in, encoded layer by layer from what `read` gives: beside
-    the few bits of its shards the host holds one layer's kernel at a time.
+def _place_quantized(source: Source, name: str, shardings: Any) -> Params:
+    """The leaves that a kernel is stored in, encoded tensor by tensor: beside the few bits of its
+    shards the host holds one layer's kernel at a time.
 
     All of a column is read even where a device keeps some of its rows: blocks are not cut.
     """
+    shape = source.shape
     parts: dict[tuple, dict[str, np.ndarray]] = {}
 
     def columns(index) -> dict[str, np.ndarray]:
         bounds = [s.indices(size)[:2] for s, size in zip(index, shape, strict=True)]
         bounds[-2] = (0, shape[-2])
         if (key := tuple(bounds)) not in parts:
-            lead, inner = bounds[:-2], [slice(*bound) for bound in bounds[-2:]]
+            lead, inner = bounds[:-2], key[-2:]
 
             def one(at: tuple[int, ...]) -> np.ndarray:
-                first = [n + start for n, (start, _) in zip(at, lead, strict=True)]
-                outer = [slice(n, n + 1) for n in first]
-                return read((*outer, *inner)).reshape(shape[-2], -1)
+                numbers = tuple(n + start for n, (start, _) in zip(at, lead, strict=True))
+                return source.read(numbers, inner)
 
             parts[key] = encode_stacked(one, tuple(b - a for a, b in lead), name)
         return parts[key]
@@ -437,6 +260,8 @@ def _place_quantized(read, shape, name: str, shardings) -> Params:
             return columns((*index[:-2], slice(None), index[-1]))[leaf][rows]
 
         found[leaf] = jax.make_array_from_callback(struct.shape, where, part)
+    for numbers in source.numbers():
+        source.done(numbers)
     return found
 
 
@@ -483,27 +308,31 @@ def load_hf(
         wanted = _wanted(config, found, max(outputs, 1))
         _drop_tied_copy(files, names, config, found, folder)
         layout = list(_layout(config, wanted))
-        expected: dict[str, tuple] = {}
-        for tensor, leaves in layout:
-            expected |= _stored(tensor, leaves)
-        _check(files, names, expected, folder)
+        _check(files, names, tensors_of(config, found, max(outputs, 1)), folder)
 
-        params: Params = {}
+        sources: dict[str, Source] = {}
+        quantized: dict[str, Source] = {}
+        where_to: dict[str, Any] = {}
         for tensor, leaves in layout:
             for part, (path, leaf) in enumerate(leaves):
-                read = _leaf_reader(files, names, tensor, part, leaves, config.head_size)
-                if quantize and can_quantize(tuple(path.split("/")), leaf.shape):
-                    home = path.rsplit("/", 1)[0]
-                    where_to = _get(shardings, home) if isinstance(shardings, dict) else shardings
-                    for own, value in _place_quantized(
-                        read, leaf.shape, quantize, where_to
-                    ).items():
-                        _put(params, f"{home}/{own}", value)
-                    continue
-                sharding = _get(shardings, path) if isinstance(shardings, dict) else shardings
                 first = names[_name(tensor, _numbers(tensor, leaf)[0])]
-                as_dtype = jnp.dtype(dtype) if dtype else files.dtypes[first]
-                _put(params, path, _place(read, leaf.shape, as_dtype, sharding))
+                as_dtype = np.dtype(jnp.dtype(dtype)) if dtype else files.dtypes[first]
+                source = _source(files, names, tensor, part, leaves, config.head_size, as_dtype)
+                if quantize and can_quantize(tuple(path.split("/")), leaf.shape):
+                    quantized[path] = source
+                    continue
+                sources[path] = source
+                split = isinstance(shardings, dict)
+                where_to[path] = _get(shardings, path) if split else shardings
+        params: Params = {}
+        for path, array in make_arrays(sources, where_to).items():
+            _put(params, path, array)
+        for path, source in quantized.items():
+            assert quantize is not None
+            home = path.rsplit("/", 1)[0]
+            where_home = _get(shardings, home) if isinstance(shardings, dict) else shardings
+            for own, value in _place_quantized(source, quantize, where_home).items():
+                _put(params, f"{home}/{own}", value)
     finally:
         files.close()
     generation = folder / "generation_config.json"
@@ -576,7 +405,11 @@ def _outgoing(params: Params, config: ModelConfig, dtype: str | None) -> Iterato
                 held.clear()
             whole = _joined(parts, config.head_size if tensor.by_head else None)
             whole = whole.T if tensor.transpose else whole
-            return np.ascontiguousarray(whole.astype(dt, copy=False))
+            if whole.dtype == dt and whole.flags.c_contiguous:
+                return whole
+            out = np.empty(whole.shape, dt)
+            copy_into(out, whole)
+            return out
 
         for at, (name, shape) in zip(numbers, stored, strict=True):
             yield OutgoingTensor(name, shape, as_dtype, partial(values, at))
@@ -621,7 +454,7 @@ def write_safetensors(
             file.write(len(text).to_bytes(8, "little") + text)
             for out in tensors:
                 values = out.values()
-                if not np.isfinite(values.astype(np.float32, copy=False)).all():
+                if not_finite(values):
                     raise ModelError(f"{out.name} holds values that are NaN or infinite: not saved")
                 file.write(values.view(np.uint8).reshape(-1).data)
             file.flush()
@@ -723,7 +556,7 @@ def save_hf(
     written |= {"dtype": stored, "torch_dtype": stored}
     writer = jax.process_index() == 0
     try:
-        _write_all(folder, tensors, max_shard_bytes, writer)
+        write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes, writer=writer)
         if writer:
             ids = {
                 key: written[key]
@@ -742,7 +575,7 @@ def save_hf(
         raise ModelError(f"{folder} cannot be written: {error}") from error
 
 
-_NAMES = {str(dtype): dtype for dtype in _DTYPES.values()}
+_NAMES = {str(dtype): dtype for dtype in DTYPES.values()}
 
 
 def _same_tree(kept: Params, params: Params, wanted: Params) -> None:
@@ -765,7 +598,26 @@ def _same_tree(kept: Params, params: Params, wanted: Params) -> None:
         raise ModelError(f"the parameters do not fit the config:{listed(problems)}")
 
 
-def _write_all(folder: Path, tensors: list[OutgoingTensor], limit: int, writer: bool) -> None:
+def tensors_of(config: ModelConfig, kind: str, num_outputs: int = 1) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a model's folder has."""
+    found: dict[str, tuple[int, ...]] = {}
+    for tensor, leaves in _layout(config, _wanted(config, kind, num_outputs)):
+        found |= _stored(tensor, leaves)
+    return found
+
+
+def write_tensors(
+    folder: Path,
+    tensors: list[OutgoingTensor],
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+    writer: bool = True,
+) -> None:
+    """Safetensors into a folder, in place of those there: one file, or shards and their index.
+
+    Over several processes all call this, and the one with `writer` writes.
+    """
+    limit = max_shard_bytes
     groups: list[list[OutgoingTensor]] = [[]]
     for out in tensors:
         if groups[-1] and sum(o.size for o in groups[-1]) + out.size > limit:

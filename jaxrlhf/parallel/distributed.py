@@ -106,6 +106,13 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
+def from_primary(value: bool) -> bool:
+    """What the first process says, in all of them; all must call."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
 def barrier(name: str) -> None:
     """Waits until every process is here."""
     if jax.process_count() > 1:

@@ -18,11 +18,15 @@ from jaxrlhf.config.load import dotted
 from jaxrlhf.config.reward import is_function
 from jaxrlhf.config.schema import walk
 from jaxrlhf.data.tokenizer import is_path
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.parallel.distributed import from_primary, is_primary
 from jaxrlhf.stages.rundir import read_summary
 
 # Of a folder's files, those that say when and where something ran, not what came of it.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "run.lock", "lineage.json")
+
+# Files of a result that say which function it is.
+CONFIGS = ("config.json", "adapter_config.json")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,6 +52,32 @@ def files_digest(folder: Path, names: list[str] | None = None) -> str:
     for path in sorted(paths):
         total.update(f"{path.relative_to(folder).as_posix()}\0{file_digest(path)}\0".encode())
     return total.hexdigest()
+
+
+def check_weights(run: Path) -> None:
+    """Refuses a finished run whose result's weights or configuration are no longer the files that
+    it wrote. The first process reads them, all hear what it found.
+
+    Raises:
+        ModelError: one is missing or another file, by name.
+    """
+    wrong = ""
+    if is_primary():
+        kept = ((read_summary(run) or {}).get("files") or {}).get("each") or {}
+        for name, digest in sorted(kept.items()):
+            path = run / name
+            if path.suffix != ".safetensors" and path.name not in CONFIGS:
+                continue
+            now = file_digest(path) if path.is_file() else "missing"
+            if now != digest:
+                wrong = (
+                    f"{path} is not the file that its run wrote: its SHA-256 was {digest[:12]}, "
+                    f"now it is {now[:12]}. Restore it; if it was changed on purpose, give "
+                    f"{path.parent}, which is taken as it is"
+                )
+                break
+    if from_primary(bool(wrong)):
+        raise ModelError(wrong or f"{run / 'export'} is damaged, the first process says where")
 
 
 def content_of(place: str) -> str:

@@ -35,9 +35,11 @@ from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.families import config_from_hf
 from jaxrlhf.models.quantization import cast, is_projection, is_quantized, quantize
 from jaxrlhf.models.resize import enlarge_vocabulary
+from jaxrlhf.models.tensor_files import weights_digest
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
-from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config, weights_digest
+from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config
 from jaxrlhf.parallel.rules import shardings
+from jaxrlhf.stages.lineage import check_weights
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.types import Params
 
@@ -176,7 +178,8 @@ def open_model(
         share: a model whose base's arrays are used again where this is an adapter of the same.
 
     Raises:
-        ModelError: nothing there, of another kind, damaged, or of an unsupported family.
+        ModelError: nothing there, of another kind, damaged (a run's own result: if any bit of it
+            changed), or of an unsupported family.
     """
     dtype = section.dtype if frozen else section.param_dtype
     source = path or section.path
@@ -184,6 +187,8 @@ def open_model(
         return _fresh(section, mesh, key, dtype)
     folder, run = _resolve(source)
     exported = run is not None and is_model(run / "export")
+    if run is not None and exported:
+        check_weights(run)
     found_home = run / "export" if run is not None and exported else folder
     weights_home: Path | None = None
     if is_adapter(found_home):

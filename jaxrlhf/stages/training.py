@@ -378,9 +378,10 @@ def _finish(
 
 
 def exported_files(output: Path) -> dict[str, Any]:
-    """The files of the result and their digest, by which damage is noticed later."""
+    """The files of the result and their digests, by which damage is noticed later."""
     names = sorted(p.relative_to(output).as_posix() for p in (output / "export").iterdir())
-    return {"names": names, "digest": lineage.files_digest(output, names)}
+    each = {name: lineage.file_digest(output / name) for name in names}
+    return {"names": names, "digest": lineage.files_digest(output, names), "each": each}
 
 
 def export(

@@ -25,6 +25,23 @@ def workloads():
 
 
 @pytest.mark.slow
+def test_loading_is_measured_beside_what_must_be_held(tmp_path):
+    out = tmp_path / "results.json"
+    cases = ["1 device, bfloat16", "8 devices, float32"]
+    command = [sys.executable, str(FOLDER / "loading.py"), "--models", "smoke", "--cases", *cases]
+    command += ["--repetitions", "1", "--folder", str(tmp_path), "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["models"]["smoke"]
+    numbers = 64 * 64 + 2 * (4 * 64 * 64 + 64 * 64 + 2 * 64) + 64  # k and v are half as wide
+    assert found[cases[0]]["held_mb"] == round(2 * numbers / 1e6, 1)
+    assert found[cases[1]]["held_mb"] == round(4 * numbers / 1e6, 1)
+    assert found[cases[1]]["bound_mb"] == round(1.1 * 4 * 64 * 64 / 1e6, 1)
+    assert found[cases[0]]["wall_s"] > 0
+    assert found["other"]["digest_s"] >= 0
+
+
+@pytest.mark.slow
 def test_every_figure_is_there(tmp_path):
     out = tmp_path / "results.json"
     command = [sys.executable, str(FOLDER / "run.py"), "--sizes", "smoke", "--repetitions", "1"]

@@ -376,7 +376,7 @@ def _read(files: TensorFiles, adapter: Adapter, config: ModelConfig, dtype: str 
     layers = config.num_layers
 
     def whole(name: str) -> np.ndarray:
-        return files.read(name, tuple(slice(0, size) for size in files.shapes[name]))
+        return np.array(files.read(name))
 
     def keep(path: str, value: np.ndarray) -> None:
         put(tree, path, jnp.asarray(value if dtype is None else value.astype(dtype)))

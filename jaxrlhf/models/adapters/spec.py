@@ -32,7 +32,7 @@ from jaxrlhf.models.adapters.modules import (
 )
 from jaxrlhf.models.adapters.trees import Path, at, join, put, split
 from jaxrlhf.models.config import ModelConfig
-from jaxrlhf.models.quantization import FORMATS, axes_beside, dense_kernel
+from jaxrlhf.models.quantization import FORMATS, axes_of_stored, dense_kernel
 
 Params = dict[str, Any]
 Kind = Literal["lora", "dora", "ia3", "soft_prompt", "prefix", "bottleneck"]
@@ -348,6 +348,6 @@ def _beside_kernels(axes: Params, params: Params) -> Params:
             "ia3_out": (*lead, out),
         }
         for name in FORMATS:
-            names |= axes_beside(value["kernel"], name)
+            names |= axes_of_stored(value["kernel"], name)
         found[key] |= {name: names[name] for name in own if name in names}
     return found
