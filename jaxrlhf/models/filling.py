@@ -123,7 +123,8 @@ def _empty(source: Source, sharding: Sharding | None) -> jax.Array:
     )
 
 
-def _bounds(index: tuple[slice, ...], shape: tuple[int, ...]) -> Bounds:
+def _bounds(index: Any, shape: tuple[int, ...]) -> Bounds:
+    """Of one slice a dimension, as jax names a shard."""
     return tuple(s.indices(size)[:2] for s, size in zip(index, shape, strict=True))
 
 
@@ -255,7 +256,7 @@ def _streamed(source: Source, sharding: Sharding | None) -> jax.Array:
     def piece_at(at: tuple[int, ...]) -> jax.Array:
         seen: dict[tuple, np.ndarray] = {}
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:
             bounds = _bounds(index, (*shards, *inner_there))
             if bounds not in seen:
                 each = zip(bounds[: source.lead], local, at, strict=True)
