@@ -241,6 +241,8 @@ def test_targets_are_told_as_peft_tells_them():
     assert found == {
         "llama": ["q", "k", "v", "o", "gate", "up", "down"],
         "gpt2": ["qkv", "o", "up", "down"],
+        "gemma3": ["q", "k", "v", "o", "gate", "up", "down"],
+        "mixtral": ["q", "k", "v", "o", "router"],
     }
 
     def chosen(name, *targets):
