@@ -90,8 +90,8 @@ class AdapterSection(Section):
     targets: Names = Field(
         default_factory=list,
         description="projections, by our name (q) or transformers' (q_proj); all-linear = every "
-        "one but the heads; [] = that, or for ia3 k, v and down; bottleneck: attention, mlp; "
-        "[] = both",
+        "one but heads and experts; experts = those of a mixture (lora); [] = all-linear, for ia3 "
+        "k, v and down. bottleneck: attention, mlp; [] = both",
     )
     dropout: Rate = Field(
         default=0.0, description="lora, dora: share of their inputs left out while training"

@@ -235,6 +235,15 @@ def reference_params(model: Model) -> Params:
     return join(copy_params(trained), frozen)
 
 
+def before_training(model: Model) -> Params:
+    """The parameters that a model is compared with before it trains: its own, but for new virtual
+    tokens, which the base does not start as, the base's."""
+    adapted = model.adapted
+    if adapted is not None and adapted.fresh and adapted.adapter.virtual_tokens:
+        return adapted.params
+    return model.params
+
+
 def critic_of(
     model: Model, section: TrainedModelSection, key: jax.Array, mesh: Mesh
 ) -> tuple[Model, Params]:

@@ -26,7 +26,7 @@ from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.adapted import halves, open_trained
+from jaxrlhf.stages.adapted import before_training, halves, open_trained
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.pairs import completion_logprobs, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
@@ -99,16 +99,17 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
 
     if needs_reference(loss):
         reference = reference_of(config, model, mesh)
+        ref_params = before_training(model) if reference is model else reference.params
 
         def with_reference(pairs: PairSet | None) -> PairSet | None:
             if pairs is None or pairs.ref_logprobs is not None:  # the data may bring them along
                 return pairs
             batches = evaluation_batches(pairs, config.data, pairs_per_step)
-            return dataclasses.replace(pairs, ref_logprobs=logprobs(reference.params, batches))
+            return dataclasses.replace(pairs, ref_logprobs=logprobs(ref_params, batches))
 
         rows, held_out = with_reference(rows), with_reference(held_out)
         assert rows is not None
-        del reference
+        del reference, ref_params
 
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)
     evaluate: Callable[[Params, int], dict[str, float]] | None = None
