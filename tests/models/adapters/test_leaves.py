@@ -242,11 +242,7 @@ def test_targets_are_told_as_peft_tells_them():
         "llama": ["q", "k", "v", "o", "gate", "up", "down"],
         "gpt2": ["qkv", "o", "up", "down"],
         "gemma3": ["q", "k", "v", "o", "gate", "up", "down"],
-<<<<<<< HEAD:tests/models/adapters/test_leaves.py
         "mixtral": ["q", "k", "v", "o"],  # neither the router nor its experts
-=======
-        "mixtral": ["q", "k", "v", "o", "router"],
->>>>>>> soft:tests/models/adapters/test_adapters.py
     }
 
     def chosen(name, *targets):
