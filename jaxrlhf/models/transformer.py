@@ -413,8 +413,9 @@ def read_virtual_tokens(params: Params, config: ModelConfig, runtime: Runtime) -
             both: Any = decoder.apply({"params": params}, method="read_soft_prompt")
             return {name: leaf[:, 0] for name, leaf in both[1][0].items()}
         both: Any = decoder.apply({"params": _outer(params)}, method="place_soft_prompt")
-        ones = jnp.ones(both[0].shape[:2], jnp.int32)
-        _, caches, _ = _through(decoder, params, *both, ones)
+        x, angles = both
+        ones = jnp.ones(x.shape[:2], jnp.int32)
+        _, caches, _ = _through(decoder, params, x, angles, ones)
         return tuple({name: leaf[0] for name, leaf in cache.items()} for cache in caches)
     if PREFIX[0] not in (layers[0] if split else layers)["attention"]:
         return None
