@@ -414,7 +414,7 @@ def read_virtual_tokens(params: Params, config: ModelConfig, runtime: Runtime) -
             return {name: leaf[:, 0] for name, leaf in both[1][0].items()}
         both: Any = decoder.apply({"params": _outer(params)}, method="place_soft_prompt")
         ones = jnp.ones(both[0].shape[:2], jnp.int32)
-        _, caches, _ = _through(decoder, params, *both, ones)
+        _, caches, _ = _through(decoder, params, both[0], both[1], ones)
         return tuple({name: leaf[0] for name, leaf in cache.items()} for cache in caches)
     if PREFIX[0] not in (layers[0] if split else layers)["attention"]:
         return None
