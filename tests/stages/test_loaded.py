@@ -83,7 +83,7 @@ def test_adapters_share_the_base_and_its_programs(models, tmp_path, compilations
             assert there.unsafe_buffer_pointer() == leaf.unsafe_buffer_pointer()
     assert more[1].score("where is", " my order") != more[0].score("where is", " my order")
 
-    with pytest.raises(ModelError, match="is a reward model: score with it"):
+    with pytest.raises(ModelError, match=r"is a reward model .*: score with it"):
         more[1].generate("where is")
     alone = jaxrlhf.load(folders[1])  # opened on its own, base and all
     np.testing.assert_allclose(said(alone)[1], other[1], rtol=1e-6)
