@@ -24,6 +24,7 @@ from jaxrlhf.parallel.mesh import make_mesh
 from jaxrlhf.parallel.rules import use_mesh
 from jaxrlhf.stages import ppo
 from jaxrlhf.stages.models import open_model
+from jaxrlhf.types import LMBatch
 
 QLORA = LORA | {"model.quantize": "int4"}
 
@@ -123,8 +124,6 @@ def test_a_frozen_reward_model_is_quantized_but_for_its_head(models):
     np.testing.assert_array_equal(model.params["score"]["kernel"], plain.params["score"]["kernel"])
     tokens = jnp.arange(12)[None] + 3
     positions, ones = jnp.arange(12)[None], jnp.ones((1, 12), jnp.int32)
-    from jaxrlhf.types import LMBatch
-
     rows = LMBatch(tokens, positions, ones, ones.astype(bool))
     scores = [
         np.asarray(row_scores(tree, model.config, model.runtime, rows))
