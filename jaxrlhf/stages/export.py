@@ -131,6 +131,8 @@ def merging_error(model: Model, whole: Model) -> str:
     bound = allowed(model, largest)
     if not off <= bound:
         raise ModelError(f"{model.source}: merged, its {what} are off by {off:.2g} ({bound:.2g})")
+    if model.adapted is None:
+        return f"multiplied out, its {what} are within {off:.2g} of those of the quantized model"
     return f"merged, its {what} are within {off:.2g} of those of base and adapter"
 
 

@@ -10,7 +10,7 @@ from jaxrlhf.errors import ModelError
 from jaxrlhf.models.adapters.peft import save_adapter
 from jaxrlhf.models.adapters.spec import AdapterSpec, init_adapter, resolve
 from jaxrlhf.models.adapters.trees import join
-from jaxrlhf.models.weights import weights_digest
+from jaxrlhf.models.tensor_files import weights_digest
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
