@@ -122,7 +122,7 @@ def measured(kind: str, name: str | None, settings: dict[str, Any], work: Path) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for model and runs")
     parser.add_argument("--out", type=Path, help="the JSON file written")
     parser.add_argument("--formats", nargs="+", default=[str(f) for f in FORMATS])
