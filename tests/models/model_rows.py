@@ -5,6 +5,7 @@ from functools import lru_cache, partial
 
 import jax
 import numpy as np
+import pytest
 
 from jaxrlhf.models import heads
 from jaxrlhf.models.config import ModelConfig, Runtime
@@ -65,6 +66,13 @@ MIXTRAL = ModelConfig(
     tie_embeddings=False,
 )
 CONFIGS = {"llama": LLAMA, "gpt2": GPT2, "gemma3": GEMMA, "mixtral": MIXTRAL}
+# Two quickly, the others in the slow run.
+MOST = [
+    "llama",
+    "gpt2",
+    pytest.param("gemma3", marks=pytest.mark.slow),
+    pytest.param("mixtral", marks=pytest.mark.slow),
+]
 # Blocks of 5 do not divide the lengths used here: ragged ends are always exercised.
 RUNTIME = Runtime(attention_block=5)
 

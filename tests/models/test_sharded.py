@@ -43,6 +43,7 @@ def loss_and_gradients(name: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma3", "mixtral"])
 def test_every_mesh_gives_the_numbers_of_one_device(name):
     found = run_on_devices(8, loss_and_gradients, name=name)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from model_rows import (
     CONFIGS,
+    MOST,
     RUNTIME,
     assert_same_bits,
     batch,
@@ -157,7 +158,7 @@ def test_packed_documents_are_computed_as_if_alone(name):
     assert table[second].any(-1).all()
 
 
-@every
+@pytest.mark.parametrize("name", MOST)
 def test_ways_of_computing_agree(name):
     tree, config = params(name), CONFIGS[name]
     rows = batch(random_rows(5, (12, 8)))

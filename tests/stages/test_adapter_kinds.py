@@ -58,8 +58,9 @@ def adapted(tiny, models, tmp_path_factory):
     return get
 
 
+QUICK = (("sft", "soft_prompt"), ("dpo", "soft_prompt"))
 EVERY = [
-    pytest.param(stage, kind, marks=() if kind == "soft_prompt" else pytest.mark.slow)
+    pytest.param(stage, kind, marks=() if (stage, kind) in QUICK else pytest.mark.slow)
     for kind in KEYS
     for stage in NEW
 ]
@@ -153,9 +154,7 @@ def test_what_no_kernel_can_hold_is_never_merged(adapted, tiny, tmp_path):
         run("sft", tmp_path / "other", **other)
 
 
-@pytest.mark.parametrize(
-    "kind", ["soft_prompt", *(pytest.param(k, marks=pytest.mark.slow) for k in list(KEYS)[1:])]
-)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) for k in KEYS])
 def test_killed_and_resumed_it_ends_the_same(kind, tiny, models, adapted, commands, tmp_path):
     keys = settings("sft", kind, tiny, models)
     code, text = commands(words("sft", tmp_path / "run", keys), crash="written:2")

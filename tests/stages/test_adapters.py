@@ -205,7 +205,9 @@ def test_actor_critic_reference_and_reward_model_read_the_same_base(
 
 
 @pytest.mark.parametrize(
-    ("stage", "point"), [("sft", "written:4"), ("ppo", "minibatch:10")], ids=["sft", "ppo"]
+    ("stage", "point"),
+    [("sft", "written:4"), pytest.param("ppo", "minibatch:10", marks=pytest.mark.slow)],
+    ids=["sft", "ppo"],
 )
 def test_killed_and_resumed_it_ends_the_same(
     stage, point, tiny, models, adapted, commands, tmp_path
@@ -376,7 +378,7 @@ def test_names_that_mean_nothing_are_refused_with_what_there_is(tiny, models, tm
         run("ppo", tmp_path / "x", **tiny.ppo(models.base, "m:f") | {"model.lora.dropout": 0.1})
 
 
-@pytest.mark.parametrize("stage", ["reward", "ppo"])
+@pytest.mark.parametrize("stage", ["reward", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_only_what_is_named_trains(stage, tiny, models, tmp_path):
     """The last of two layers; the other layer, embedding and final norm keep their bits."""
     keys = tiny.settings(stage, models) | {"train.only": "last 1"}

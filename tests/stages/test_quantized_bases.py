@@ -99,6 +99,7 @@ def test_merged_it_is_what_was_trained_or_on_the_original_base(trained, tmp_path
     assert "as it was before" in cards[1]
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_the_same(trained, tiny, models, commands, tmp_path, capsys):
     keys = tiny.sft(models.base) | QLORA
     code, text = commands(words("sft", tmp_path / "run", keys), crash="written:4")

@@ -49,6 +49,7 @@ def test_a_train_step_on_all_three_axes_is_the_step_of_one_device():
     check("sft", run_on_devices(8, compare, stage="sft", meshes=[MIXED], whole=False, timeout=900))
 
 
+@pytest.mark.slow
 def test_a_step_of_an_adapter_too():
     adapter = {"kind": "dora", "rank": 4}
     keys = {"stage": "sft", "meshes": [MIXED], "whole": False, "adapter": adapter}

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model_rows import CONFIGS, RUNTIME, assert_same_bits, batch, logits, params, random_rows
+from model_rows import CONFIGS, MOST, RUNTIME, assert_same_bits, batch, logits, params, random_rows
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.adapters.merging import merge, unmerge
@@ -45,7 +45,7 @@ def trained(name, kind="lora", **keys):
     return adapter, base, join(own, frozen)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_as_the_base(name, kind):
     _, base, whole = started(name, kind)
@@ -70,7 +70,7 @@ def float64_merged(leaves):
     return w * x.get("ia3_out", np.ones((w.shape[0], w.shape[2])))[:, None]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_it_is_the_papers_matrix_and_computes_the_same(name, kind):
     adapter, base, whole = trained(name, kind)
@@ -90,7 +90,7 @@ def test_merged_it_is_the_papers_matrix_and_computes_the_same(name, kind):
     assert np.abs(ours - logits(base, CONFIGS[name], RUNTIME, *ROWS)).max() > 0.1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_unmerged_it_is_the_base_up_to_rounding(name, kind):
     _, base, whole = trained(name, kind)
@@ -105,7 +105,7 @@ def test_unmerged_it_is_the_base_up_to_rounding(name, kind):
         unmerge(merge(dora), dora)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("fuse", [True, False])
 def test_cached_decoding_is_the_full_forward_pass(name, fuse):
     """Decoding merges first, and fuses q, k, v of what is merged."""
@@ -210,7 +210,7 @@ def test_several_adapters_are_swapped_on_one_base_without_compiling_again():
     assert np.abs(said["first"] - said["second"]).max() > 0.1
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", MOST)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_folder_gives_the_same_bits_back(name, kind, tmp_path):
     keys = {"modules_to_save": ("model.norm",)} if name == "llama" and kind == "lora" else {}
