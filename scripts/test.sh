@@ -12,4 +12,4 @@ cd "$root"
 export PATH="$venv/bin:$PATH"
 # malloc on huge pages: a sixth off every CPU step; read only when a process starts
 export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
-exec "$venv/bin/python" -m pytest -n "${JAXRLHF_WORKERS:-2}" "$@"
+exec "$venv/bin/python" -m pytest -n "${JAXRLHF_WORKERS:-2}" --dist loadfile "$@"

@@ -233,6 +233,7 @@ def test_the_backward_pass_decodes_again_instead_of_keeping_kernels():
     assert not [shape for shape, dtype in handed if shape in shapes - trained]
 
 
+@pytest.mark.slow
 def test_decoding_keeps_few_bits_and_is_the_full_forward_pass():
     _, whole, _ = adapted("mixtral", form="int4")
     config = CONFIGS["mixtral"]
@@ -295,6 +296,7 @@ def on_meshes(name: str, folder: str) -> dict:
     return found
 
 
+@pytest.mark.slow
 def test_every_mesh_gives_the_numbers_of_one_device(tmp_path):
     save_hf(tmp_path, jax.tree.map(jnp.asarray, base_of("mixtral")), CONFIGS["mixtral"])
     found = run_on_devices(8, on_meshes, name="mixtral", folder=str(tmp_path))

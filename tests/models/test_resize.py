@@ -20,7 +20,7 @@ def untied(name):
     return dataclasses.replace(CONFIGS[name], tie_embeddings=False)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", NAMES)
 def test_new_rows_are_the_mean_and_old_ones_stay(name, dtype):
     config = untied(name)

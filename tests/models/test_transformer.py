@@ -31,7 +31,7 @@ from jaxrlhf.models.transformer import (
     split_layers,
 )
 
-every = pytest.mark.parametrize("name", sorted(CONFIGS))
+every = pytest.mark.parametrize("name", MOST)
 
 
 @every
@@ -158,7 +158,7 @@ def test_packed_documents_are_computed_as_if_alone(name):
     assert table[second].any(-1).all()
 
 
-@pytest.mark.parametrize("name", MOST)
+@every
 def test_ways_of_computing_agree(name):
     tree, config = params(name), CONFIGS[name]
     rows = batch(random_rows(5, (12, 8)))
@@ -187,8 +187,8 @@ def test_ways_of_computing_agree(name):
             np.testing.assert_allclose(a, b, atol=2e-6 * max(1.0, float(jnp.abs(b).max())))
 
 
-@every
-@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("split", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_cached_decoding_equals_whole_rows(name, split):
     tree, config = params(name), CONFIGS[name]
     rows, prompts, width, steps = random_rows(6, (9, 12, 7)), (3, 6, 1), 6, 6

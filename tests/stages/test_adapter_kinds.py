@@ -58,7 +58,7 @@ def adapted(tiny, models, tmp_path_factory):
     return get
 
 
-QUICK = (("sft", "soft_prompt"), ("dpo", "soft_prompt"))
+QUICK = (("sft", "soft_prompt"),)
 EVERY = [
     pytest.param(stage, kind, marks=() if (stage, kind) in QUICK else pytest.mark.slow)
     for kind in KEYS

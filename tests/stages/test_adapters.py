@@ -79,7 +79,10 @@ def leaves_of(folder):
     return [name for name in names if name.startswith("params/")], opt
 
 
-@pytest.mark.parametrize("stage", HEADS)
+EACH = [pytest.param(s, marks=pytest.mark.slow if s == "dpo" else ()) for s in HEADS]
+
+
+@pytest.mark.parametrize("stage", EACH)
 def test_only_the_adapter_trains_and_is_saved(stage, adapted, models):
     before = hashlib.sha256((models.base / "export" / "model.safetensors").read_bytes())
     folder = adapted(stage)
@@ -167,7 +170,7 @@ def pointer(tree):
     return tree["layers"]["mlp"]["up"]["kernel"].unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize("critic", ["policy", "reward"])
+@pytest.mark.parametrize("critic", [pytest.param("policy", marks=pytest.mark.slow), "reward"])
 def test_actor_critic_reference_and_reward_model_read_the_same_base(
     critic, tiny, models, adapted, tmp_path, monkeypatch
 ):
@@ -204,9 +207,10 @@ def test_actor_critic_reference_and_reward_model_read_the_same_base(
     assert metrics(tmp_path / "run")[0]["ratio/first_off"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "point"),
-    [("sft", "written:4"), pytest.param("ppo", "minibatch:10", marks=pytest.mark.slow)],
+    [("sft", "written:4"), ("ppo", "minibatch:10")],
     ids=["sft", "ppo"],
 )
 def test_killed_and_resumed_it_ends_the_same(
@@ -230,6 +234,7 @@ def test_killed_and_resumed_it_ends_the_same(
     assert ends[0] == ends[1]
 
 
+@pytest.mark.slow
 def test_dropout_is_of_training_alone_and_another_in_every_step(tiny, models, tmp_path):
     keys = tiny.sft(models.base) | LORA | {"train.steps": 2, "data.shuffle": False}
     keys |= {"optim.learning_rate": 0, "train.ema_decay": None, "train.eval_every": 1}
@@ -261,6 +266,7 @@ def test_an_adapter_is_trained_on_by_the_next_stage(tiny, models, adapted, tmp_p
     assert metrics(tmp_path / "plain")[0]["rewards/margins"] == 0
 
 
+@pytest.mark.slow
 def test_generation_uses_base_and_adapter(tiny, adapted, tmp_path):
     """Greedy completions are the most likely tokens of base and adapter, read as whole rows."""
     prompts = [row["prompt"] for row in read_jsonl(tiny.held_out)][:4]
@@ -354,6 +360,7 @@ def test_a_pickle_is_never_opened(adapted, tmp_path):
         opened(tmp_path / "p")
 
 
+@pytest.mark.slow
 def test_another_base_of_the_same_shape_is_refused(adapted, finished, tmp_path):
     shutil.copytree(adapted("sft") / "export", tmp_path / "a")
     file = tmp_path / "a" / "adapter_config.json"

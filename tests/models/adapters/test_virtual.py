@@ -105,7 +105,9 @@ def cached_logits(name, length, start):
 
 
 @pytest.mark.parametrize("name", ["gemma3", pytest.param("gpt2", marks=SLOW)])
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=SLOW if k != "soft_prompt" else ()) for k in SPECS]
+)
 def test_cached_decoding_is_the_full_forward_pass(kind, name):
     _, base, whole = trained(name, kind)
     rows = [jnp.asarray(x) for x in batch(random_rows(4, (7, 7)))]
