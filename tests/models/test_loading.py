@@ -2,6 +2,7 @@
 """Weights on their way to devices: the right numbers in every sharding, and nothing read twice."""
 
 import math
+import time
 from pathlib import Path
 
 import jax
@@ -253,9 +254,10 @@ def test_an_error_in_one_tensor_ends_the_others():
     def job(number):
         if number == 3:
             raise ValueError("third")
+        time.sleep(0.005)  # whoever waits for the first error has time to hear of it
         done.append(number)
 
     with pytest.raises(ValueError, match="third"):
-        filling._run([lambda n=n: job(n) for n in range(1000)])
+        filling._run([lambda n=n: job(n) for n in range(200)])
     assert {0, 1, 2} <= set(done)
-    assert len(done) < 999
+    assert len(done) < 100
