@@ -172,6 +172,7 @@ def _theirs(folder: Path, model: Model, tokens: np.ndarray, pad: int | None) -> 
     import torch
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     reward = model.kind == "reward"
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     keys = {"num_labels": model.params["score"]["kernel"].shape[-1]} if reward else {}
