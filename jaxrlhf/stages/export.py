@@ -7,6 +7,7 @@ the folder and must say of random tokens what we do.
 
 import importlib.util
 import shutil
+from importlib import import_module
 from pathlib import Path
 
 import jax
@@ -169,9 +170,9 @@ def compared_with_transformers(folder: Path, model: Model, pad: int | None) -> s
 
 def _theirs(folder: Path, model: Model, tokens: np.ndarray, pad: int | None) -> np.ndarray:
     """Scores [B, R], or log-probs [B, T - 1] of the tokens, as transformers has them."""
-    import torch
     import transformers
 
+    torch = import_module("torch")
     transformers.utils.logging.disable_progress_bar()
     reward = model.kind == "reward"
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
@@ -183,9 +184,7 @@ def _theirs(folder: Path, model: Model, tokens: np.ndarray, pad: int | None) -> 
             str(place), dtype=torch.float32, local_files_only=True, **keys
         )
         if adapted is not None:
-            import peft
-
-            loaded = peft.PeftModel.from_pretrained(loaded, str(folder))
+            loaded = import_module("peft").PeftModel.from_pretrained(loaded, str(folder))
     except Exception as error:  # whatever a library raises about a folder
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{folder} cannot be loaded by transformers: {reason}") from error
