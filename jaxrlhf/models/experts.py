@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrlhf.models import quantization
 from jaxrlhf.models.adapters import apply as adapters
 from jaxrlhf.models.config import ModelConfig, Runtime
-from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare, found_kernel
-from jaxrlhf.models.quantization import using
+from jaxrlhf.models.layers import ACTIVATIONS, Dense, declare, found_leaves
 
 
 class Routing(NamedTuple):
@@ -76,16 +76,12 @@ class Grouped(nn.Module):
         """first: the leaves of the projection that this one shares its A with."""
         init = nn.initializers.normal(self.scale / np.sqrt(x.shape[-1]))
         shape = (self.experts, x.shape[-1], self.features)
-        leaves = found_kernel(self)
+        leaves = found_leaves(self, quantization.NAMES)
         if not leaves:
             axes = ("experts", *self.axes)
             leaves = {"kernel": declare(self, "kernel", init, axes, shape, self.param_dtype)}
-        y = using(leaves, lambda x, kernel: multiply_groups(x, kernel, sizes))(x)
-        own: dict[str, Any] = {
-            name: self.get_variable("params", name)
-            for name in adapters.NAMES  # found, never declared
-            if self.has_variable("params", name)
-        }
+        y = quantization.using(leaves, lambda x, kernel: multiply_groups(x, kernel, sizes))(x)
+        own = found_leaves(self, adapters.NAMES)
         if "lora_b" not in own:
             return y
         own = adapters.borrow(own, first or {})

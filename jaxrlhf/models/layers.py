@@ -60,13 +60,13 @@ def declare(module: nn.Module, name: str, init, axes: tuple, shape: tuple, dtype
     return leaf
 
 
-def found_kernel(module: nn.Module) -> dict[str, jax.Array]:
-    """The leaves of a module's kernel if it is stored in few bits: found, never declared."""
-    found = {}
-    for name in quantization.NAMES:
-        if module.has_variable("params", name):
-            found[name] = module.get_variable("params", name)
-    return found
+def found_leaves(module: nn.Module, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Those of a module's leaves that a fresh model has not: found, never declared."""
+    return {
+        name: module.get_variable("params", name)
+        for name in names
+        if module.has_variable("params", name)
+    }
 
 
 class Dense(nn.Module):
@@ -88,16 +88,13 @@ class Dense(nn.Module):
         """The leaves of this projection, declared on `inputs` features."""
         init = nn.initializers.normal(self.scale / np.sqrt(inputs))
         shape, dtype = (inputs, self.features), self.param_dtype
-        leaves = found_kernel(self)
+        leaves = found_leaves(self, quantization.NAMES)
         if not leaves:
             leaves = {"kernel": declare(self, "kernel", init, self.axes, shape, dtype)}
         if self.use_bias:
             zeros = nn.initializers.zeros
             leaves["bias"] = declare(self, "bias", zeros, self.axes[1:], shape[1:], dtype)
-        for name in adapters.NAMES:  # found, never declared: a fresh model has none
-            if self.has_variable("params", name):
-                leaves[name] = self.get_variable("params", name)
-        return leaves
+        return leaves | found_leaves(self, adapters.NAMES)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return apply_weights(self.weights(x.shape[-1]), x)

@@ -505,15 +505,6 @@ def split_layers(params: Params, config: ModelConfig, runtime: Runtime) -> Param
     return outer | {"layers": tuple(layers)}
 
 
-def empty_cache(config: ModelConfig, runtime: Runtime, rows: int, cache_length: int) -> Cache:
-    """Zeros: per layer {"k", "v": [B, K, S, H]} in runtime.dtype."""
-    shape = (rows, config.kv_heads, cache_length, config.head_size)
-    return tuple(
-        {name: jnp.zeros(shape, runtime.dtype) for name in ("k", "v")}
-        for _ in range(config.num_layers)
-    )
-
-
 def prefill(
     params: Params,
     config: ModelConfig,

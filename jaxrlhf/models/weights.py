@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrlhf.errors import ModelError
+from jaxrlhf.models.adapters.trees import put
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.families import (
     FAMILIES,
@@ -91,13 +92,6 @@ def _get(tree: Mapping[str, Any], path: str) -> Any:
             return None
         tree = tree[key]
     return tree
-
-
-def _put(tree: dict[str, Any], path: str, leaf: Any) -> None:
-    *outer, last = path.split("/")
-    for key in outer:
-        tree = tree.setdefault(key, {})
-    tree[last] = leaf
 
 
 def _wanted(config: ModelConfig, kind: str, num_outputs: int):
@@ -326,13 +320,13 @@ def load_hf(
                 where_to[path] = _get(shardings, path) if split else shardings
         params: Params = {}
         for path, array in make_arrays(sources, where_to).items():
-            _put(params, path, array)
+            put(params, path, array)
         for path, source in quantized.items():
             assert quantize is not None
             home = path.rsplit("/", 1)[0]
             where_home = _get(shardings, home) if isinstance(shardings, dict) else shardings
             for own, value in _place_quantized(source, quantize, where_home).items():
-                _put(params, f"{home}/{own}", value)
+                put(params, f"{home}/{own}", value)
     finally:
         files.close()
     generation = folder / "generation_config.json"

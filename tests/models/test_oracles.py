@@ -21,7 +21,7 @@ NAMES = sorted(path.name for path in FOLDER.iterdir())
 
 
 # Between them all switches but those of positions, which have tests of their own.
-QUICK = ("llama", "gpt2", "gpt_neox", "gemma2", "mixtral")
+QUICK = ("llama", "gpt2", "mixtral")
 
 
 def variants(kind: str) -> list:

@@ -29,6 +29,7 @@ def losses(folder):
     return [(x["step"], x["split"], x["error"]) for x in lines if "split" in x]
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_save_like_one(tmp_path):
     one = run_on_devices(4, train, folder=str(tmp_path / "one"))
     two = run_in_processes(2, train, devices=2, folder=str(tmp_path / "two"))

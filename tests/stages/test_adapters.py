@@ -79,7 +79,7 @@ def leaves_of(folder):
     return [name for name in names if name.startswith("params/")], opt
 
 
-EACH = [pytest.param(s, marks=pytest.mark.slow if s == "dpo" else ()) for s in HEADS]
+EACH = [pytest.param(s, marks=() if s == "sft" else pytest.mark.slow) for s in HEADS]
 
 
 @pytest.mark.parametrize("stage", EACH)
@@ -250,6 +250,7 @@ def test_dropout_is_of_training_alone_and_another_in_every_step(tiny, models, tm
     assert plain["train"][0]["grad_norm"] != dropped["train"][0]["grad_norm"]
 
 
+@pytest.mark.slow
 def test_an_adapter_is_trained_on_by_the_next_stage(tiny, models, adapted, tmp_path):
     first = adapted("sft")
     keys = tiny.comparisons(first) | LORA

@@ -24,6 +24,7 @@ def test_ppo_killed_between_minibatches_ends_the_same(tiny, models, finished, co
     assert [line["step"] for line in found["metrics"]] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_dpo_killed_while_it_saves_ends_the_same(tiny, models, finished, commands, tmp_path):
     keys = tiny.settings("dpo", models)
     found = kill_then_finish(commands, "dpo", tmp_path, keys, ["written:4"])

@@ -44,7 +44,14 @@ PPO = {
 }
 
 
-@pytest.mark.parametrize(("stage", "more"), [("sft", {}), ("dpo", {}), ("ppo", PPO)])
+@pytest.mark.parametrize(
+    ("stage", "more"),
+    [
+        pytest.param("sft", {}, marks=pytest.mark.slow),
+        pytest.param("dpo", {}, marks=pytest.mark.slow),
+        ("ppo", PPO),
+    ],
+)
 def test_the_logits_of_all_positions_never_exist(stage, more):
     biggest, rows = largest(stage, **more)
     chunk = rows * CHUNK * MODEL.vocab_size

@@ -83,6 +83,7 @@ def test_held_out_loss_is_that_of_the_quantized_base(trained, tiny, models, tmp_
     assert any(abs(value - first["nats_per_token"]) < 1e-5 for value in values), found
 
 
+@pytest.mark.slow
 def test_merged_it_is_what_was_trained_or_on_the_original_base(trained, tmp_path, capsys):
     exact, plain = opened(trained, "int4"), opened(trained)
     for onto, want in (("trained", exact), ("original", plain)):

@@ -313,6 +313,7 @@ def meshes(folder):
     return out
 
 
+@pytest.mark.slow
 def test_restored_on_another_mesh_it_is_the_same_state_and_trains_the_same(tmp_path):
     got = run_on_devices(8, meshes, folder=str(tmp_path))
     assert len(got) == 4

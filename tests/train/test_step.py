@@ -213,6 +213,7 @@ def on_a_mesh(sizes, accum):
     }
 
 
+@pytest.mark.slow
 def test_a_mesh_computes_what_one_device_computes_with_no_work_twice():
     for case, got in zip(MESHES, run_on_devices(8, sharded, cases=MESHES), strict=True):
         assert got["grads"] < 1e-5, case

@@ -131,8 +131,6 @@ class Adapter:
 
     def filled(self) -> int:
         """Numbers in its leaves that only fill up smaller ranks."""
-        if self.kind == "ia3":
-            return 0
         return sum(
             (max(p.ranks) * len(p.ranks) - sum(p.ranks))
             * ((p.module.inputs or 0) + sum(p.module.outputs))

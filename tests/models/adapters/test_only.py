@@ -56,6 +56,7 @@ def test_the_last_layer_is_the_last_row_of_stacked_leaves():
     assert "embed/embedding" in shapes(frozen)
 
 
+@pytest.mark.slow
 def test_its_gradient_is_that_of_the_whole_and_the_rest_stays():
     rows = batch(random_rows(3, (8, 6)))
     trained, frozen = halves("last 1", "embed")
