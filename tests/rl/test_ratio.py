@@ -130,9 +130,8 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
     assert np.isfinite(float(metrics["loss"][0]))
 
 
-@pytest.mark.parametrize(
-    "architecture", [pytest.param(LLAMA, marks=pytest.mark.slow), GPT2], ids=["llama", "gpt2"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_a_forward_pass_gives_the_same_bits_with_a_gradient_as_without(architecture):
     """Of a size at which XLA:CPU begins to hand groups of operations to a library."""
     config = dataclasses.replace(

@@ -170,7 +170,8 @@ def pointer(tree):
     return tree["layers"]["mlp"]["up"]["kernel"].unsafe_buffer_pointer()
 
 
-@pytest.mark.parametrize("critic", [pytest.param("policy", marks=pytest.mark.slow), "reward"])
+@pytest.mark.slow
+@pytest.mark.parametrize("critic", ["policy", "reward"])
 def test_actor_critic_reference_and_reward_model_read_the_same_base(
     critic, tiny, models, adapted, tmp_path, monkeypatch
 ):

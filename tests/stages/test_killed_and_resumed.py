@@ -4,6 +4,8 @@
 import pytest
 from tiny import metrics, record, run, words
 
+pytestmark = pytest.mark.slow  # in the quick suite: train/test_loop.py, test_pipeline_runs.py
+
 
 def kill_then_finish(commands, stage, folder, keys, points):
     """Killed at each of the points in turn, then left alone."""
@@ -24,7 +26,6 @@ def test_ppo_killed_between_minibatches_ends_the_same(tiny, models, finished, co
     assert [line["step"] for line in found["metrics"]] == [1, 2, 3]
 
 
-@pytest.mark.slow
 def test_dpo_killed_while_it_saves_ends_the_same(tiny, models, finished, commands, tmp_path):
     keys = tiny.settings("dpo", models)
     found = kill_then_finish(commands, "dpo", tmp_path, keys, ["written:4"])
@@ -33,7 +34,6 @@ def test_dpo_killed_while_it_saves_ends_the_same(tiny, models, finished, command
     assert sorted(found["checkpoints"]) == ["4", "6"]
 
 
-@pytest.mark.slow
 def test_a_run_whose_steps_grew_is_the_longer_run(tiny, models, tmp_path):
     keys = tiny.settings("sft", models) | {"optim.schedule": "constant", "train.eval_every": 100}
     assert run("sft", tmp_path / "long", **keys | {"train.steps": 4}).exit_code == 0
@@ -53,7 +53,6 @@ DEEP = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", DEEP)
 def test_killed_again_and_again_it_ends_the_same(stage, tiny, models, finished, commands, tmp_path):
     keys = tiny.settings(stage, models)

@@ -47,9 +47,9 @@ PPO = {
 @pytest.mark.parametrize(
     ("stage", "more"),
     [
-        pytest.param("sft", {}, marks=pytest.mark.slow),
+        ("sft", {}),
         pytest.param("dpo", {}, marks=pytest.mark.slow),
-        ("ppo", PPO),
+        pytest.param("ppo", PPO, marks=pytest.mark.slow),
     ],
 )
 def test_the_logits_of_all_positions_never_exist(stage, more):
