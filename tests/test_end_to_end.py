@@ -153,7 +153,7 @@ def test_transformers_says_the_same_of_an_exported_policy(folder, name):
     ones = jnp.ones_like(jnp.asarray(ids))
     positions = jnp.arange(ids.shape[1])[None]
     hidden = hidden_states(model.params, model.config, Runtime(), jnp.asarray(ids), positions, ones)
-    np.testing.assert_allclose(logits(model.params, hidden), theirs, atol=1e-4)
+    np.testing.assert_allclose(logits(model.params, model.config, hidden), theirs, atol=1e-4)
 
 
 def test_a_reward_model_judges_finished_completions_after_eos(folder, tmp_path, capsys):
