@@ -128,7 +128,7 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
         if rest:
             word = f"{len(rest)} more curve{'s' * (len(rest) > 1)}"
             block.append(h("details", h("summary", word), h("div", rest, cls="grid3")))
-        if table := _final(group, names):
+        if (table := _final(group, names)) is not None:
             block.append(h("details", h("summary", "Final figures"), table))
         if first:
             elements.append(h("div", block, cls="stage"))

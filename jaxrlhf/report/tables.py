@@ -104,7 +104,7 @@ def settings(runs: list[Run], models: list[Model]) -> list[Element]:
         if run.config:
             stages.setdefault(run.stage or "run", []).append(run)
     for stage, group in stages.items():
-        if table := _differences(group):
+        if (table := _differences(group)) is not None:
             elements.append(
                 h(
                     "div",
@@ -120,7 +120,7 @@ def settings(runs: list[Run], models: list[Model]) -> list[Element]:
     ]
     if whole:
         elements.append(h("div", h("h3", "Resolved configuration"), whole, cls="card tiles-after"))
-    if table := _environment(runs):
+    if (table := _environment(runs)) is not None:
         elements.append(
             h("div", h("h3", "Environment"), h("div", table, cls="scroll"), cls="card tiles-after")
         )
