@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.model import AdapterSection, TrainedModelSection
+from jaxrlhf.config.stages import TrainingConfig
 from jaxrlhf.data.tokenizer import encode_text
 from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.models.adapters.merging import merge
@@ -93,6 +94,12 @@ def open_trained(
     )
     key, text = jax.random.fold_in(key, 1), start_text(section.adapter, model)
     return with_adapter(model, base, section.param_dtype, key, mesh, text)
+
+
+def open_policy(config: TrainingConfig, mesh: Mesh, key: jax.Array) -> Model:
+    """The language model that a stage trains; key: of the stage."""
+    first = jax.random.fold_in(key, 0)
+    return open_trained(config.model, mesh, kind="lm", key=first, only=config.train.only)
 
 
 def start_text(section: AdapterSection, model: Model) -> tuple[int, ...]:

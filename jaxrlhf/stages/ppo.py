@@ -48,7 +48,7 @@ from jaxrlhf.stages.adapted import (
     critic_of,
     halves,
     merged,
-    open_trained,
+    open_policy,
     reference_params,
 )
 from jaxrlhf.stages.completions import (
@@ -75,13 +75,7 @@ Metrics = dict[str, tuple[Any, Any]]
 def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """The arrows above, made of settings."""
     config = exactly_repeatable(config, mesh)
-    policy = open_trained(
-        config.model,
-        mesh,
-        kind="lm",
-        key=jax.random.fold_in(key, 0),
-        only=config.train.only,
-    )
+    policy = open_policy(config, mesh, key)
     reference = reference_of(config, policy, mesh)
     judge = make_judge(config.reward, config.model, policy, mesh)
     gold = make_judge(config.gold, config.model, policy, mesh)

@@ -26,7 +26,7 @@ from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.adapted import before_training, halves, open_trained
+from jaxrlhf.stages.adapted import before_training, halves, open_policy
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.pairs import completion_logprobs, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
@@ -83,13 +83,7 @@ def needs_reference(loss: Callable[..., Any]) -> bool:
 
 def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """pairs (+ reference log-probs, once) -> batch_at(step) -> a loss of PREFERENCE_LOSSES."""
-    model = open_trained(
-        config.model,
-        mesh,
-        kind="lm",
-        key=jax.random.fold_in(key, 0),
-        only=config.train.only,
-    )
+    model = open_policy(config, mesh, key)
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size

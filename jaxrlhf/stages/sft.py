@@ -16,7 +16,7 @@ from jaxrlhf.ops.masking import WEIGHTS, fixed_length_weights, weighted_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.adapted import halves, open_trained
+from jaxrlhf.stages.adapted import halves, open_policy
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.rows import evaluation_batches, lm_rows, training_batches
 from jaxrlhf.stages.training import offline
@@ -85,13 +85,7 @@ def make_evaluation(config: ModelConfig, runtime: Runtime, batches: Any, mesh: M
 
 def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """rows -> batch_at(step) -> next-token loss, weighted over the global batch."""
-    model = open_trained(
-        config.model,
-        mesh,
-        kind="lm",
-        key=jax.random.fold_in(key, 0),
-        only=config.train.only,
-    )
+    model = open_policy(config, mesh, key)
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = lm_rows(config.data, model, config.seed)
     rows_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
