@@ -120,7 +120,8 @@ def largest_allowed(mesh, rows, length):
     """Bytes of the largest array one chip may hold, in closed form.
 
     A part of the vocabulary's matrix or of the stack of an MLP's, one layer's attention scores of
-    the chip's own rows, or one layer's MLP activations (gate and up side by side where fused).
+    the chip's own rows, one layer's MLP activations (gate and up side by side where fused), or
+    what all layers keep of the chip's own rows: their inputs, from which they are recomputed.
     """
     shards, tensor = mesh["fsdp"], mesh.get("tensor", 1)
     own = -(-rows // shards)
@@ -131,6 +132,7 @@ def largest_allowed(mesh, rows, length):
         own * QWEN.num_heads * length**2 * 4 // tensor,
         own * length * QWEN.mlp_dim * fused * 4 // tensor,
         rows * length * QWEN.hidden_size * 4 // tensor,  # all rows, visiting the vocabulary
+        QWEN.num_layers * own * length * QWEN.hidden_size * 2,
     )
 
 
