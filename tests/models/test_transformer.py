@@ -158,7 +158,8 @@ def test_packed_documents_are_computed_as_if_alone(name):
     assert table[second].any(-1).all()
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_ways_of_computing_agree(name):
     tree, config = params(name), CONFIGS[name]
     rows = batch(random_rows(5, (12, 8)))

@@ -59,12 +59,8 @@ CASES = {
 }
 
 
-LONG = ("gpt2, remat", "remat, unrolled", "gpt2, accumulated", "accumulated, cool")
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=pytest.mark.slow if c in LONG else ()) for c in CASES]
-)
+@pytest.mark.slow  # tests/stages/test_ppo.py sees to the same in a whole run
+@pytest.mark.parametrize("case", CASES)
 def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(case):
     config, temperature, accum, runtime, entropy, rate = CASES[case]
     params = init_params(jax.random.key(0), config, heads=("lm", "value"))

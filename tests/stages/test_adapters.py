@@ -141,6 +141,7 @@ def test_dpo_starts_at_its_reference_which_is_the_base(adapted):
     assert first["loss"] == pytest.approx(np.log(2), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_ppo_starts_at_its_reference_with_a_ratio_of_one(adapted):
     lines = metrics(adapted("ppo"))
     assert [line["ratio/first_off"] for line in lines] == [0, 0, 0]

@@ -16,6 +16,7 @@ from jaxrlhf.stages.programs import stage_programs
 # A vocabulary so wide that nothing else comes near the size of its logits.
 MODEL = ModelConfig(vocab_size=2003, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
 LENGTH, CHUNK = 128, 32
+SLOW = pytest.mark.slow
 
 
 def largest(stage, **more):
@@ -46,11 +47,7 @@ PPO = {
 
 @pytest.mark.parametrize(
     ("stage", "more"),
-    [
-        ("sft", {}),
-        pytest.param("dpo", {}, marks=pytest.mark.slow),
-        pytest.param("ppo", PPO, marks=pytest.mark.slow),
-    ],
+    [("sft", {}), pytest.param("dpo", {}, marks=SLOW), pytest.param("ppo", PPO, marks=SLOW)],
 )
 def test_the_logits_of_all_positions_never_exist(stage, more):
     biggest, rows = largest(stage, **more)
@@ -59,6 +56,7 @@ def test_the_logits_of_all_positions_never_exist(stage, more):
     assert biggest <= 1.01 * chunk
 
 
+@SLOW
 def test_without_chunks_they_would():
     whole, rows = largest("sft", model={"path": "none", "logprob_chunk": LENGTH})
     assert whole >= rows * (LENGTH - 1) * MODEL.vocab_size

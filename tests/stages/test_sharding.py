@@ -45,11 +45,12 @@ def check(stage, found):
                 assert rollout[name] < 1e-4, (mesh, name)
 
 
+@SLOW
 def test_a_train_step_on_all_three_axes_is_the_step_of_one_device():
     check("sft", run_on_devices(8, compare, stage="sft", meshes=[MIXED], whole=False, timeout=900))
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_step_of_an_adapter_too():
     adapter = {"kind": "dora", "rank": 4}
     keys = {"stage": "sft", "meshes": [MIXED], "whole": False, "adapter": adapter}
@@ -154,6 +155,7 @@ def exported(folder):
     return load_file(folder / "export" / "model.safetensors")
 
 
+@SLOW
 def test_two_processes_train_like_one(tiny, models, tmp_path):
     keys = tiny.sft(models.base) | {"train.save_every": 3, "optim.learning_rate": 1e-3}
     assert run("sft", tmp_path / "one", **keys).exit_code == 0
