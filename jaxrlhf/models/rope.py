@@ -120,9 +120,9 @@ def rope_frequencies(config: ModelConfig, lengths: Any = 0) -> tuple[Frequencies
 def _cos_and_sin(angles: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Both of them, once.
 
-    XLA holds cosines to be cheap and, on the CPU, computes them anew in every head of every unrolled
-    layer (a fifth of a small model's forward pass). A remainder it repeats nowhere, and that of the
-    division by 2 changes no bit of them.
+    XLA holds cosines to be cheap and, on the CPU, computes them anew in every head of every
+    unrolled layer (a fifth of a small model's forward pass). A remainder it repeats nowhere, and
+    that of the division by 2 changes no bit of them.
     """
     return jax.lax.rem(jnp.cos(angles), np.float32(2)), jax.lax.rem(jnp.sin(angles), np.float32(2))
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions: what they are is held to transformers (test_parity.py); here, what they cost."""
+"""Rotary positions: how often they are computed. (test_parity.py holds them to transformers.)"""
 
 import jax
 import jax.numpy as jnp
