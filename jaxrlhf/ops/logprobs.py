@@ -131,8 +131,10 @@ def token_logprobs(
 
     def one_chunk(kernel, hidden, target):
         logp = _log_softmax(hidden, kernel, temperature, cap)
-        hit = jax.lax.broadcasted_iota(target.dtype, logp.shape, 2) == target[..., None]
-        picked = jnp.where(hit, logp, 0).sum(-1)
+        # Neither an iota of [B, C, V] nor a where, whose zeros are as large: the same in every
+        # chunk, they would be computed before the loop over chunks, and kept.
+        hit = jnp.arange(logp.shape[-1], dtype=target.dtype) == target[..., None]
+        picked = (logp * hit).sum(-1)
         return (picked, -(jnp.exp(logp) * logp).sum(-1)) if entropy else picked
 
     following = jnp.roll(tokens, -1, axis=1)  # the last column's answer is dropped

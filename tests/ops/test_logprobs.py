@@ -104,13 +104,19 @@ def test_no_array_of_all_logits_exists_in_the_gradient_program():
     hidden, kernel = jnp.zeros((B, long, D)), jnp.zeros((D, wide))
     tokens = jnp.zeros((B, long), int)
 
-    def loss(hidden, kernel):
+    def loss(hidden, kernel, tokens):
         return token_logprobs(hidden, kernel, tokens, chunk=8).sum()
 
-    text = jax.jit(jax.grad(loss, (0, 1))).lower(hidden, kernel).compile().as_text()
+    gradient = jax.grad(loss, (0, 1))
+    text = jax.jit(gradient).lower(hidden, kernel, tokens).compile().as_text()
     assert f"{B},8,{wide}]" in text  # a chunk's logits
     assert f"{B},{long},{wide}]" not in text
     assert f"{long // 8},{B},8,{wide}]" not in text  # nor stacked by the loop
+    equations = jax.make_jaxpr(gradient)(hidden, kernel, tokens).eqns
+    loops = [equation for equation in equations if equation.primitive.name == "scan"]
+    assert loops
+    for loop in loops:  # nor does anything of a chunk's size live as long as the loop
+        assert all(each.aval.shape != (B, 8, wide) for each in loop.invars)
 
 
 @pytest.mark.parametrize("kwargs", [{"temperature": 0.0}, {"temperature": -1.0}, {"chunk": 0}])
