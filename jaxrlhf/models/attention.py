@@ -39,6 +39,30 @@ def _attend(
     return (out / total).astype(q.dtype)
 
 
+def _attend_cached(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: LayerCache,
+    mask: jax.Array,
+    cap: float | None,
+) -> jax.Array:
+    """q [B,K,G,H] over its own k, v [B,K,H] and those of the cache where mask [B,S]; softmax in
+    float32. -> [B,K,G,H]"""
+    accumulate = jnp.promote_types(q.dtype, jnp.float32)
+    scores = jnp.einsum("bkgh,bksh->bkgs", q, cache["k"], preferred_element_type=accumulate)
+    scores = jnp.where(mask[:, None, None], softcap(scores, cap), MASKED)
+    own = jnp.einsum("bkgh,bkh->bkg", q, k, preferred_element_type=accumulate)
+    own = softcap(own, cap)[..., None]
+    top = jnp.maximum(scores.max(-1, keepdims=True), own)
+    weights, own = jnp.exp(scores - top), jnp.exp(own - top)
+    out = jnp.einsum(
+        "bkgs,bksh->bkgh", weights.astype(v.dtype), cache["v"], preferred_element_type=accumulate
+    )
+    total = weights.sum(-1, keepdims=True) + own
+    return ((out + own * v[:, :, None]) / total).astype(q.dtype)
+
+
 def attend_rows(
     q: jax.Array,
     k: jax.Array,
@@ -163,14 +187,17 @@ class Attention(nn.Module):
         return self.o(constrain(out, "act_heads")), {"k": k, "v": v}
 
     def step(self, x, angles, cache: LayerCache, column, mask):
-        """One token a row: x [B,D] written at cache `column`, attending where mask [B,S]."""
+        """One token a row: x [B,D] attending to itself and where mask [B,S], which leaves out
+        `column`, where it is written."""
         q, k, v = self._project(x, angles)
+        out = _attend_cached(q, k, v, cache, mask, self.config.attention_softcap)
+        # Written after it was read: adding nothing says so. Were their order left open, XLA:CPU
+        # would keep the cache for the one and copy it for the other, in every layer and step.
+        nothing = 0 * out[:, :, 0]
         cache = {
             name: jax.lax.dynamic_update_slice_in_dim(
-                cache[name], new[:, :, None].astype(cache[name].dtype), column, axis=2
+                cache[name], (new + nothing)[:, :, None].astype(cache[name].dtype), column, axis=2
             )
             for name, new in (("k", k), ("v", v))
         }
-        cap = self.config.attention_softcap
-        out = _attend(q[:, :, :, None], cache["k"], cache["v"], mask[:, None], cap)
         return self.o(visiting(out.reshape(x.shape[0], -1), "act_heads")), cache

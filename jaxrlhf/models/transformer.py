@@ -579,6 +579,7 @@ def decode_step(
     if config.window is not None:  # real tokens between a column's and this one
         since = jnp.cumsum(mask[:, ::-1], axis=1)[:, ::-1] - 1
         near = mask & (since < config.window)
+    mask, near = mask & (columns != column), near & (columns != column)  # its own is not there yet
     decoder = Decoder(config, runtime)
     outer = {"params": _outer(params)}
     x, angles = _start(decoder, outer, token, position)

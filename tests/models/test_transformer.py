@@ -2,6 +2,7 @@
 """Properties that hold whatever the weights: causality, independence, cache, equal computations."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -214,9 +215,11 @@ def test_cached_decoding_equals_whole_rows(name, split):
         return first, jnp.stack(out, 1), cache
 
     first, out, cache = run(tree)
+    # Rounding only: over twelve seeds at most 3e-6 of the largest value.
+    close = partial(np.testing.assert_allclose, atol=5e-6 * np.abs(whole).max())
     for i, n in enumerate(prompts):
-        np.testing.assert_allclose(first[i, :n], whole[i, :n], atol=1e-5)
-        np.testing.assert_allclose(out[i], whole[i, n : n + steps], atol=1e-5)
+        close(first[i, :n], whole[i, :n])
+        close(out[i], whole[i, n : n + steps])
     assert len(cache) == config.num_layers
     assert cache[0]["k"].shape == (3, config.kv_heads, len(columns), config.head_size)
     assert not np.asarray(cache[0]["k"])[:, :, width + steps :].any()

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from functools import cache, partial
 
 import jax
@@ -202,6 +203,24 @@ def test_the_loop_ends_when_every_row_has():
     lengths, ran = jax.jit(probe)(model("llama"), *prompts())
     assert lengths.tolist() == [1] * B
     assert ran == 1
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_step_copies_a_cache(rows):
+    """The loop's body makes no array of a cache's shape but the caches with a column written."""
+    tokens, lengths, ids = jnp.zeros((rows, P), int), jnp.full(rows, P), jnp.arange(rows)
+    lowered = run.lower(model("llama"), tokens, lengths, KEY, ids)
+    program = lowered.compile().as_text()
+    shape = f"f32[{rows},{LLAMA.kv_heads},{P + N},{LLAMA.head_size}]"
+    bodies = [
+        program.split(f"\n%{name} ")[1].split("\n}")[0]
+        for name in re.findall(r" while\(.*body=%([^,]+)", program)
+    ]
+    [loop] = [body for body in bodies if shape in body]
+    made = [line for line in loop.splitlines() if f" = {shape}" in line]
+    made = [line for line in made if " get-tuple-element(" not in line]
+    assert len(made) == 2 * LLAMA.num_layers
+    assert all("dynamic-update-slice" in line for line in made)
 
 
 def test_filler_rows_sample_nothing_and_keep_nobody_waiting():
