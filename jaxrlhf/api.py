@@ -63,7 +63,7 @@ class Run:
         from jaxrlhf.parallel.rules import use_mesh
         from jaxrlhf.stages.generate import completions_of
 
-        with use_mesh(make_mesh(**config.mesh.model_dump())) as mesh:
+        with use_mesh(make_mesh(**config.mesh.sizes)) as mesh:
             found = completions_of(config, mesh).texts
         return found[0] if isinstance(prompt, str) else found
 
@@ -142,7 +142,7 @@ def load(model: File, **keys: Any) -> Loaded:
     from jaxrlhf.parallel.mesh import make_mesh
     from jaxrlhf.stages import loaded
 
-    return Loaded(loaded.load(config, make_mesh(**config.mesh.model_dump())), keys)
+    return Loaded(loaded.load(config, make_mesh(**config.mesh.sizes)), keys)
 
 
 def stage(

@@ -276,7 +276,10 @@ def second_pass(config: StageConfig) -> Any:
 
 
 def prepare(*configs: StageConfig) -> None:
-    """What jax and the HF libraries read from the environment when they are first imported."""
+    """What jax and the HF libraries read from the environment when they are first imported.
+
+    Raises ConfigError where jax has started with another number of CPU devices than is asked for.
+    """
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     compiled = {
         "JAX_COMPILATION_CACHE_DIR": os.path.join(cache, "jaxrlhf", "xla"),
@@ -287,10 +290,46 @@ def prepare(*configs: StageConfig) -> None:
             os.environ[name] = str(value)
             if "jax" in sys.modules:  # it reads them only once, and checking settings imports it
                 sys.modules["jax"].config.update(name.lower(), value)
+    _split_cpu(configs)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(map(uses_hub, configs)):  # nothing touches the network unless a hub name is given
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _split_cpu(configs: Sequence[StageConfig]) -> None:
+    """Makes the devices of mesh.cpu_devices, unless the environment names a number itself."""
+    from jaxrlhf.config.mesh import Mesh
+
+    asked = {getattr(config, "mesh", Mesh()).cpu_devices for config in configs} - {None}
+    if not asked:
+        return
+    if len(asked) > 1:
+        numbers = " and ".join(map(str, sorted(asked)))
+        raise ConfigError(
+            f"mesh.cpu_devices: stages of one pipeline ask for {numbers}; all run in one process, "
+            "so give one number under `defaults`"
+        )
+    [count] = asked
+    said = os.environ.get("JAX_NUM_CPU_DEVICES")
+    if said or "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        if said != str(count):
+            note(
+                f"mesh.cpu_devices = {count} is left out: the environment "
+                f"({'JAX_NUM_CPU_DEVICES' if said else 'XLA_FLAGS'}) says how many there are"
+            )
+        return
+    import jax
+
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:  # it has started
+        if jax.default_backend() == "cpu" and jax.local_device_count() != count:
+            raise ConfigError(
+                f"mesh.cpu_devices = {count}: in this process jax has already started with "
+                f"{jax.local_device_count()} CPU device(s). Ask for {count} in the first call of a "
+                "new process"
+            ) from error
 
 
 def uses_hub(config: StageConfig) -> bool:

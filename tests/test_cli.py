@@ -14,7 +14,7 @@ import yaml
 from jaxrlhf import cli, environment
 from jaxrlhf.config.load import load
 from jaxrlhf.config.stages import STAGES
-from jaxrlhf.errors import DataError
+from jaxrlhf.errors import ConfigError, DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,6 +118,51 @@ def test_wrong_words_end_with_2_and_no_traceback(stages, capsys, words, expected
     assert expected in captured.err
     assert "Traceback" not in captured.err
     assert len(captured.err.splitlines()) <= cli.MAX_LINES
+
+
+ASKING = """
+import sys
+from jaxrlhf import cli
+from jaxrlhf.config.load import load
+words = [[f"mesh.cpu_devices={n}", "model=./m", "prompt=x"] for n in sys.argv[1:]]
+configs = [load("generate", [], each) for each in words]
+import jax
+for config in configs:
+    cli.prepare(config)
+    print(jax.local_device_count())
+"""
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "counts", "error"),
+    [
+        (["3", "3"], {}, ["3", "3"], ""),
+        (["3"], {"JAX_NUM_CPU_DEVICES": "2"}, ["2"], "note: mesh.cpu_devices = 3 is left out"),
+        (["3"], {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}, ["2"], "XLA_FLAGS"),
+        (["3", "2"], {}, ["3"], "mesh.cpu_devices = 2: in this process jax has already started"),
+    ],
+)
+def test_the_cores_appear_as_several_devices(asked, environment, counts, error):
+    """In a process of its own: jax counts its devices once."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKING, *asked],
+        env={**plain, "JAX_PLATFORMS": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+    )
+    assert done.stdout.split() == counts
+    assert error in done.stderr
+    assert bool(done.returncode) == (len(counts) < len(asked))
+
+
+def test_stages_of_one_process_agree_on_its_devices():
+    words = [[f"mesh.cpu_devices={n}", "model=./m", "prompt=x"] for n in (2, 4)]
+    with pytest.raises(ConfigError, match="ask for 2 and 4"):
+        cli.prepare(*(load("generate", [], each) for each in words))
+    with pytest.raises(ConfigError, match=r"cpu_devices = 0: a number of devices is positive"):
+        load("generate", [], ["mesh.cpu_devices=0", "model=./m", "prompt=x"])
 
 
 def test_errors_for_the_user_fit_a_screen_and_hold_no_escapes(stages, monkeypatch, capsys):

@@ -152,7 +152,7 @@ def _on_mesh(command: str, config: Any, path: Path) -> tuple[dict[str, float], l
     from jaxrlhf.stages import tools
 
     distributed.initialize()
-    sizes: dict[str, Any] = config.mesh.model_dump() if hasattr(config, "mesh") else {"fsdp": -1}
+    sizes: dict[str, Any] = config.mesh.sizes if hasattr(config, "mesh") else {"fsdp": -1}
     with use_mesh(make_mesh(**sizes)) as mesh:
         if command == "chat":
             tools.chat(config, mesh)

@@ -117,7 +117,7 @@ def run_training(
         dry_run: stop before anything is computed or written.
     """
     distributed.initialize()
-    mesh = make_mesh(**config.mesh.model_dump())
+    mesh = make_mesh(**config.mesh.sizes)
     key = stage_key(config.seed, command)
     with use_mesh(mesh):
         if dry_run:
