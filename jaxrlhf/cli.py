@@ -301,7 +301,8 @@ def _split_cpu(configs: Sequence[StageConfig]) -> None:
     """Makes the devices of mesh.cpu_devices, unless the environment names a number itself."""
     from jaxrlhf.config.mesh import Mesh
 
-    asked = {getattr(config, "mesh", Mesh()).cpu_devices for config in configs} - {None}
+    counts = [getattr(config, "mesh", Mesh()).cpu_devices for config in configs]
+    asked = {count for count in counts if count is not None}
     if not asked:
         return
     if len(asked) > 1:
