@@ -108,12 +108,12 @@ def judge_pairs(
     margins = _margins(np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))
     table = reliability(margins, bins=bins)
     hits, losses = correct(margins), pair_loss(margins)
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    surprise = (1 - np.tanh(margins / 2)) / 2  # 1 - the probability that the chosen one is chosen
     metrics = {
         "accuracy": table.accuracy,
         "ece": table.ece,
         "pair_loss": float(losses.mean()),
-        "brier": float(((confidence - hits) ** 2).mean()),
+        "brier": float((surprise**2).mean()),
         "margin/mean": float(margins.mean()),
         "margin/std": float(margins.std()),
     }

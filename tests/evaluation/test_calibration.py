@@ -30,6 +30,12 @@ def test_ece_by_hand():
     assert (table.bins[0].low, table.bins[-1].high) == (0.5, 1.0)
 
 
+def test_brier_score_by_hand():
+    # The chosen one had 0.8, 0.3 and, undecided, 0.5; a tie is as far from the truth as it says.
+    metrics, _, _ = cal.judge_pairs([logit(0.8), logit(0.3), 0.0], [0.0, 0.0, 0.0], samples=10)
+    assert metrics["brier"] == pytest.approx((0.2**2 + 0.7**2 + 0.5**2) / 3)
+
+
 def test_swapping_every_pair_mirrors_accuracy():
     margins = np.random.default_rng(0).normal(size=300)
     assert cal.reliability(-margins).accuracy == pytest.approx(
