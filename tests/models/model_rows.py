@@ -119,6 +119,21 @@ def scores(tree, config, runtime, tokens, positions, segments):
     return heads.last_token_score(tree, states, segments)
 
 
+def rounding(tree, compute) -> float:
+    """The most that one unit in the last place of every parameter changes in compute(tree).
+
+    What another order of additions may cost: a fixed bound would be the machine's it was chosen on.
+    """
+    rng = np.random.default_rng(0)
+
+    def nudged(leaf):
+        return leaf * (1 + rng.choice([-1, 1], leaf.shape) * 2.0**-23).astype(np.float32)
+
+    exact = compute(tree)
+    changed = [compute(jax.tree.map(nudged, tree)) for _ in range(3)]
+    return max(float(np.abs(x - exact).max()) for x in changed)
+
+
 def random_rows(seed: int, lengths: tuple[int, ...], vocab: int = 37) -> list[list[int]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab, n).tolist() for n in lengths]

@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from model_rows import CONFIGS, MOST, RUNTIME, assert_same_bits, batch, logits, params, random_rows
+from model_rows import (
+    CONFIGS,
+    MOST,
+    RUNTIME,
+    assert_same_bits,
+    batch,
+    logits,
+    params,
+    random_rows,
+    rounding,
+)
 
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.adapters.merging import merge, unmerge
@@ -49,11 +59,15 @@ def trained(name, kind="lora", **keys):
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_starts_as_the_base(name, kind):
     _, base, whole = started(name, kind)
-    before, after = (logits(tree, CONFIGS[name], RUNTIME, *ROWS) for tree in (base, whole))
+
+    def compute(tree):
+        return logits(tree, CONFIGS[name], RUNTIME, *ROWS)
+
+    before, after = compute(base), compute(whole)
     # DoRA's magnitudes over its norms are one up to rounding; a norm of q and k is fused with what
     # comes before it, and adds up in another order.
     if kind == "dora" or CONFIGS[name].qk_norm != "none":
-        np.testing.assert_allclose(before, after, atol=1e-5)
+        np.testing.assert_allclose(before, after, rtol=0, atol=2 * rounding(base, compute))
     else:
         assert_same_bits(before, after)
 
