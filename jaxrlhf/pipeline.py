@@ -49,8 +49,14 @@ def run_pipeline(
     Raises:
         JaxrlhfError: a stage failed for a reason its message names; what is finished stays so.
     """
+    from jaxrlhf.parallel.distributed import barrier, is_primary, together
     from jaxrlhf.stages.rundir import write_json
     from jaxrlhf.train.signals import graceful_stop
+
+    def write(content: dict[str, Any]) -> None:
+        if is_primary():
+            write_json(folder / "pipeline.json", content)
+        barrier("pipeline.json")
 
     folder = Path(output or plan.output_dir).resolve()
     outputs = {planned.name: folder / planned.folder for planned in plan.stages}
@@ -58,15 +64,15 @@ def run_pipeline(
     means: list[dict[str, Any]] = []
     written: dict[str, Any] = {}
     began = time.perf_counter()
-    with graceful_stop() as stop_requested:
+    with together(), graceful_stop() as stop_requested:
         for i, planned in enumerate(plan.stages):
             config = resolve(planned.config, outputs)
             place = f"[{i + 1}/{len(plan.stages)}] {planned.name}"
             if dry_run:
-                print(f"{place}: {planned.stage} in {outputs[planned.name]}", flush=True)
+                _say(f"{place}: {planned.stage} in {outputs[planned.name]}")
                 continue
             if stop_requested():
-                print(f"{place}: stopped before it began; call again to go on", flush=True)
+                _say(f"{place}: stopped before it began; call again to go on")
                 return PipelineResult(folder, 143, records)
             exit_code, record = _run(
                 planned,
@@ -79,19 +85,18 @@ def run_pipeline(
             )
             records.append({**record, "parents": list(planned.parents), "values": planned.values})
             written = {"name": plan.name, "stages": records}
-            write_json(folder / "pipeline.json", written)
+            write(written)
             if exit_code:
                 return PipelineResult(folder, exit_code, records)
             if i + 1 == len(plan.stages) or plan.stages[i + 1].group != planned.group:
                 means += _means(planned.group, plan, outputs)
         if means:
-            write_json(folder / "pipeline.json", {**written, "repeats": means})
+            write({**written, "repeats": means})
     ran = sum(record["status"] == "done" for record in records)
     if not dry_run:
-        print(
+        _say(
             f"{plan.name}: {ran} stages run, {len(records) - ran} were finished already, "
-            f"{time.perf_counter() - began:.0f} s; results in {folder}",
-            flush=True,
+            f"{time.perf_counter() - began:.0f} s; results in {folder}"
         )
     return PipelineResult(folder, 0, records)
 
@@ -107,6 +112,7 @@ def _run(
     stop_requested: Any,
 ) -> tuple[int, dict[str, Any]]:
     """Runs one stage unless it is finished; returns (exit code, its record)."""
+    from jaxrlhf.parallel import distributed
     from jaxrlhf.stages import run_stage
     from jaxrlhf.stages.lineage import identity
     from jaxrlhf.stages.rundir import read_summary, write_json
@@ -114,15 +120,19 @@ def _run(
     mine = identity(planned.stage, config)
     summary = read_summary(folder)
     record = {"name": planned.name, "stage": planned.stage, "dir": planned.folder}
-    if not fresh and summary is not None and _finished(folder, summary, mine):
-        print(f"{place}: finished already", flush=True)
-        seconds = summary.get("wall_seconds")
-        return 0, {**record, "status": "skipped", "seconds": seconds, "content": summary["content"]}
-    if folder.exists() and (fresh or _identity_of(folder) != mine):
-        _move_aside(folder, place)
-    print(f"{place}: {planned.stage}", flush=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "identity.json", {"identity": mine})
+    finished = not fresh and summary is not None and _finished(folder, summary, mine)
+    if distributed.from_primary(finished):  # another process may see other files, or none
+        _say(f"{place}: finished already")
+        kept = {"seconds": "wall_seconds", "content": "content"}
+        found = {name: (summary or {}).get(key) for name, key in kept.items()}
+        return 0, {**record, "status": "skipped", **found}
+    _say(f"{place}: {planned.stage}")
+    if distributed.is_primary():
+        if folder.exists() and (fresh or _identity_of(folder) != mine):
+            _move_aside(folder, place)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "identity.json", {"identity": mine})
+    distributed.barrier(f"the folder of {planned.name}")
     try:
         result = run_stage(
             planned.stage,
@@ -161,10 +171,9 @@ def _means(group: str, plan: PipelinePlan, outputs: dict[str, Path]) -> list[dic
         for name, (mean, interval) in one.metrics.items():
             metrics[name] = {"mean": mean, "interval": list(interval)}
             if name.removeprefix("eval/") in HEADLINES:
-                print(
+                _say(
                     f"{group}{' ' if what else ''}{what}: {name} {mean:.4f} [{interval[0]:.4f}, "
-                    f"{interval[1]:.4f}], mean of {one.count} ({', '.join(one.over)})",
-                    flush=True,
+                    f"{interval[1]:.4f}], mean of {one.count} ({', '.join(one.over)})"
                 )
         told = {"name": group, "values": dict(one.values), "over": list(one.over)}
         found.append({**told, "runs": one.count, "metrics": metrics})
@@ -202,6 +211,14 @@ def _move_aside(folder: Path, place: str) -> None:
         number += 1
     folder.rename(target)
     print(f"{place}: settings or inputs changed; the earlier run is kept as {target}", flush=True)
+
+
+def _say(text: str) -> None:
+    """Once, whatever the number of processes."""
+    from jaxrlhf.parallel.distributed import is_primary
+
+    if is_primary():
+        print(text, flush=True)
 
 
 def _release() -> None:

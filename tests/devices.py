@@ -11,12 +11,13 @@ in the child.
 import inspect
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,13 @@ def run_on_devices(
 
 
 def run_in_processes(
-    n: int, function: Callable[..., Any], *, devices: int = 1, timeout: float = 240, **kwargs: Any
+    n: int,
+    function: Callable[..., Any],
+    *,
+    devices: int = 1,
+    timeout: float = 240,
+    env: dict[str, str] | None = None,
+    **kwargs: Any,
 ) -> list[Any]:
     """The JSON results of `function(**kwargs)` in n processes joined by jax.distributed (gloo).
 
@@ -99,17 +106,24 @@ def run_in_processes(
                     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
                     "JAX_NUM_PROCESSES": str(n),
                     "JAX_PROCESS_ID": str(i),
-                },
+                }
+                | (env or {}),
                 **kwargs,
             )
             for i in range(n)
         ]
-        try:
-            texts = [child.communicate(timeout=timeout)[0] for child in children]
-        finally:
-            for child in children:
-                if child.poll() is None:
-                    child.send_signal(signal.SIGKILL)
-        for i, child in enumerate(children):
-            assert child.returncode == 0, f"process {i} ended with {child.returncode}:\n{texts[i]}"
+        with ThreadPoolExecutor(n) as pool:
+            texts = list(pool.map(partial(_said, timeout=timeout), children))
+        codes = [child.returncode for child in children]
+        said = "\n".join(f"--- process {i}\n{text}" for i, text in enumerate(texts))
+        assert codes == [0] * n, f"the processes ended with {codes}:\n{said}"
         return [json.loads(out.read_text()) for out in outs]
+
+
+def _said(child: subprocess.Popen[str], timeout: float) -> str:
+    """What a child printed; one that takes longer is killed."""
+    try:
+        return child.communicate(timeout=timeout)[0]
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.communicate()[0] + f"\n(killed after {timeout:g} s)"

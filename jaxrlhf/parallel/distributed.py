@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Several processes: start-up, and the few things that only one of them, or all together, do."""
 
+import atexit
+import contextlib
 import os
+import sys
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,6 +17,7 @@ from jaxrlhf.errors import JaxrlhfError
 
 HEARTBEAT_SECONDS = 20  # jax's default lets a survivor wait 100 s for a dead process
 START_SECONDS = 60
+LEAVE_SECONDS = 10  # jax's default lets a failed process wait 300 s for the others, and them for it
 
 
 def wanted() -> bool:
@@ -81,6 +86,35 @@ def initialize() -> bool:
     return True
 
 
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Work that all processes do as one; `initialize` at its start.
+
+    Where it raises in one of them the others would wait in their next collective for what never
+    comes, and the failed one, when Python ends, for them. So it leaves soon after its error, which
+    the others learn from jax and end too (the one whose output has the error is the one to read).
+    """
+    initialize()
+    try:
+        yield
+    except BaseException:
+        if jax.distributed.is_initialized():
+            atexit.unregister(_leave)
+            atexit.register(_leave)  # before jax's own: the last registered is the first called
+        raise
+
+
+def _leave() -> None:
+    """The usual end if the others are ending too, else this process's own."""
+    farewell = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    farewell.start()
+    farewell.join(LEAVE_SECONDS)
+    if farewell.is_alive():
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(JaxrlhfError.exit_code)
+
+
 def _give_up(seconds: float, given: dict[str, Any]) -> None:
     count = given.get("num_processes")
     os.write(
@@ -106,11 +140,11 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def from_primary(value: bool) -> bool:
-    """What the first process says, in all of them; all must call."""
+def from_primary(value: int) -> int:
+    """What the first process says (in 32 bits), in all of them; all must call."""
     if jax.process_count() == 1:
         return value
-    return bool(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def barrier(name: str) -> None:

@@ -68,7 +68,10 @@ def run_stage(
     from jaxrlhf.stages.rundir import default_directory
 
     given = output or config.output_dir
-    folder = Path(given) if given is not None else default_directory(command)
+
+    def folder() -> Path:
+        return Path(given) if given is not None else default_directory(command)
+
     if command in TRAINING:
         from jaxrlhf.stages.training import run_training
 
@@ -76,7 +79,7 @@ def run_stage(
             command,
             config,
             _recipe(command),
-            folder,
+            folder(),
             resume=resume,
             allow_change=allow_change,
             dry_run=dry_run,
@@ -86,14 +89,14 @@ def run_stage(
     from jaxrlhf.stages.training import StageResult
 
     if dry_run:
-        return StageResult(folder, 0, {}, "dry run: the settings are fine")
+        return StageResult(folder(), 0, {}, "dry run: the settings are fine")
     work = _work(command, config)
     # A file asked for by name, or text on the terminal: that is the result, not a run directory.
     if given is None and (command in NO_DIRECTORY or _names_its_output(command, config)):
         where = Path(config.runs[0]) if command == "report" else Path()
         metrics, _ = work(where)
         return StageResult(where, 0, metrics)
-    return run_once(command, config, folder, work)
+    return run_once(command, config, folder(), work)
 
 
 NO_DIRECTORY = ("report", "chat", "data show", "data pairs")
@@ -128,20 +131,30 @@ def _work(command: str, config: Any) -> Callable[[Path], tuple[dict[str, float],
         from jaxrlhf.stages import world
 
         function = world.write_world if command == "world" else world.label
-        return lambda path: function(config, path)
+        return lambda path: _by_one(function, config, path)
     from jaxrlhf.stages import tools
 
     if command == "report":
-        return lambda path: tools.report(config, path)
+        return lambda path: _by_one(tools.report, config, path)
     if command in ("data show", "data pairs"):
         show = tools.data_show if command == "data show" else tools.data_pairs
 
-        def printed(path: Path) -> tuple[dict[str, float], list[str]]:
+        def printed(config: Any, path: Path) -> tuple[dict[str, float], list[str]]:
             show(config)
             return {}, []
 
-        return printed
+        return lambda path: _by_one(printed, config, path)
     return lambda path: _on_mesh(command, config, path)
+
+
+def _by_one(
+    work: Callable[[Any, Path], tuple[dict[str, float], list[str]]], config: Any, path: Path
+) -> tuple[dict[str, float], list[str]]:
+    """Work that needs no devices: of several processes the first does it."""
+    from jaxrlhf.parallel import distributed
+
+    with distributed.together():
+        return work(config, path) if distributed.is_primary() else ({}, [])
 
 
 def _on_mesh(command: str, config: Any, path: Path) -> tuple[dict[str, float], list[str]]:
@@ -151,9 +164,8 @@ def _on_mesh(command: str, config: Any, path: Path) -> tuple[dict[str, float], l
     from jaxrlhf.parallel.rules import use_mesh
     from jaxrlhf.stages import tools
 
-    distributed.initialize()
     sizes: dict[str, Any] = config.mesh.sizes if hasattr(config, "mesh") else {"fsdp": -1}
-    with use_mesh(make_mesh(**sizes)) as mesh:
+    with distributed.together(), use_mesh(make_mesh(**sizes)) as mesh:
         if command == "chat":
             tools.chat(config, mesh)
             return {}, []

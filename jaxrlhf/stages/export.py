@@ -6,7 +6,6 @@ the folder and must say of random tokens what we do.
 """
 
 import importlib.util
-import shutil
 from importlib import import_module
 from pathlib import Path
 
@@ -20,10 +19,12 @@ from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.models.quantization import is_quantized
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.models.weights import load_hf, save_hf
+from jaxrlhf.parallel.distributed import from_primary, is_primary
 from jaxrlhf.stages.adapted import merged, write_adapter
 from jaxrlhf.stages.card import export_card, merged_note
 from jaxrlhf.stages.models import Model, open_model, quantized_base
 from jaxrlhf.stages.reward import unused_token
+from jaxrlhf.stages.rundir import whole_folder, write_tokenizer
 from jaxrlhf.train.digest import content_digest
 from jaxrlhf.types import LMBatch, Params
 
@@ -38,45 +39,56 @@ def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, fl
             f"format = {config.format}: {model.source} is no adapter but a whole model; say hf"
         )
     folder = Path(config.output) if config.output else output / "export"
-    if folder.exists() and any(folder.iterdir()):
+    if from_primary(folder.exists() and any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: nothing there is overwritten; name another -o")
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     pad = unused_token(model) if model.kind == "reward" else None
-    checks, note = [], None
+    with whole_folder(folder) as partial:
+        checks = _write(config, model, partial, pad)
+    if is_primary():
+        for check in checks:
+            print(f"export: {check}", flush=True)
+        print(f"export: {model.source} is in {folder}", flush=True)
+    return {}, []
+
+
+def _write(config: ExportConfig, model: Model, folder: Path, pad: int | None) -> list[str]:
+    """The files of the folder; returns what was found when they were read back."""
+    checks, note, whole = [], None, model
     if config.format == "peft":
         assert model.adapted is not None
-        write_adapter(partial, model.params, model.adapted, model.config, model.kind)
+        write_adapter(folder, model.params, model.adapted, model.config, model.kind)
     else:
-        whole = model
         if model.adapted is not None or is_quantized(model.params):
             whole, note = merged(model, config.model.param_dtype), merged_note(model)
             checks.append(merging_error(model, whole))
         save_hf(
-            partial,
+            folder,
             whole.params,
             model.config,
             kind=model.kind,
             pad_token_id=pad,
             hf_config=model.hf_config,
         )
-        back = load_hf(partial, kind=model.kind)
-        if content_digest(back.params) != content_digest(whole.params):
-            raise ModelError(f"{partial}: the exported weights differ when read back")
-        model = whole
-    checks.append("read back, it is the same bit for bit")
+    if jax.process_count() > 1:
+        checks.append(f"written by {jax.process_count()} processes together: not read back")
+    else:
+        checks += _read_back(config, whole, folder, pad)
+    if is_primary():
+        write_tokenizer(model.tokenizer, folder)
+        card = export_card(whole, pad, checks, note)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+    return checks
+
+
+def _read_back(config: ExportConfig, model: Model, folder: Path, pad: int | None) -> list[str]:
+    if config.format != "peft":
+        back = load_hf(folder, kind=model.kind)
+        if content_digest(back.params) != content_digest(model.params):
+            raise ModelError(f"{folder}: the exported weights differ when read back")
+    found = ["read back, it is the same bit for bit"]
     if config.check:
-        checks.append(compared_with_transformers(partial, model, pad))
-    for check in checks:
-        print(f"export: {check}", flush=True)
-    model.tokenizer.save_pretrained(partial)
-    (partial / "README.md").write_text(export_card(model, pad, checks, note), encoding="utf-8")
-    if folder.exists():
-        folder.rmdir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial.rename(folder)
-    print(f"export: {model.source} is in {folder}", flush=True)
-    return {}, []
+        found.append(compared_with_transformers(folder, model, pad))
+    return found
 
 
 def _to_export(config: ExportConfig, mesh: Mesh) -> Model:

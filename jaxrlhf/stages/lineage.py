@@ -9,7 +9,6 @@ no longer those it began with.
 import functools
 import hashlib
 import json
-import os
 from pathlib import Path
 
 from jaxrlhf.config import resume
@@ -20,7 +19,7 @@ from jaxrlhf.config.schema import walk
 from jaxrlhf.data.tokenizer import is_path
 from jaxrlhf.errors import ConfigError, ModelError
 from jaxrlhf.parallel.distributed import from_primary, is_primary
-from jaxrlhf.stages.rundir import read_summary
+from jaxrlhf.stages.rundir import read_summary, write_json
 
 # Of a folder's files, those that say when and where something ran, not what came of it.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "run.lock", "lineage.json")
@@ -116,10 +115,8 @@ def identity(stage: str, config: Section) -> str:
 
 def record(run: Path, config: Section) -> None:
     """Writes down what the inputs of a run are, for `check_inputs`."""
-    path = run / "lineage.json"
-    partial = path.with_name("lineage.json.partial")
-    partial.write_text(json.dumps(contents(config), indent=1), encoding="utf-8")
-    os.replace(partial, path)
+    if is_primary():
+        write_json(run / "lineage.json", contents(config))
 
 
 def check_inputs(run: Path, config: Section) -> None:

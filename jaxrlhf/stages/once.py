@@ -21,7 +21,7 @@ def run_once(command: str, config: StageConfig, output: Path, work: Work) -> Sta
     The summary is removed first: a stage that is killed is never taken for a finished one.
     """
     began = time.perf_counter()
-    with run_directory(output, config):
+    with distributed.together(), run_directory(output, config):
         if distributed.is_primary():
             (output / "summary.json").unlink(missing_ok=True)
         lineage.record(output, config)
@@ -43,4 +43,5 @@ def run_once(command: str, config: StageConfig, output: Path, work: Work) -> Sta
                     "peak_memory_bytes": peak_memory_bytes(),
                 },
             )
+        distributed.barrier("summary")  # what comes next may read it
     return StageResult(output, 0, metrics)

@@ -22,13 +22,15 @@ from jaxrlhf import environment
 from jaxrlhf.config.load import save
 from jaxrlhf.config.stages import StageConfig
 from jaxrlhf.errors import JaxrlhfError
-from jaxrlhf.parallel.distributed import is_primary
+from jaxrlhf.parallel.distributed import barrier, from_primary, is_primary, together
 from jaxrlhf.train.lock import run_lock
 
 
 def default_directory(command: str) -> Path:
-    """runs/<stage>-<time>, where nobody said where."""
-    return Path("runs") / f"{command.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
+    """runs/<stage>-<time>, where nobody said where; the time is the first process's."""
+    with together():
+        now = time.localtime(from_primary(int(time.time())))
+    return Path("runs") / f"{command.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S', now)}"
 
 
 @contextlib.contextmanager
@@ -54,6 +56,24 @@ def run_directory(path: Path, config: StageConfig) -> Iterator[Path]:
                 f"output_dir {path} cannot be written: {error.strerror}; give another --output"
             ) from error
         yield path
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Gives a folder to write into that takes `folder`'s place at the end.
+
+    A failure leaves what was there. Over several processes all call, the first makes the folders.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    if is_primary():
+        shutil.rmtree(partial, ignore_errors=True)
+    barrier(f"{folder.name} begins")
+    yield partial
+    if is_primary():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial.rename(folder)
+    barrier(f"{folder.name} ends")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -2,7 +2,6 @@
 """The one runner of every stage that trains: recipe in, run directory out."""
 
 import dataclasses
-import shutil
 import time
 import zlib
 from collections.abc import Callable, Sequence
@@ -33,6 +32,7 @@ from jaxrlhf.stages.rundir import (
     read_summary,
     run_directory,
     save_tokenizer,
+    whole_folder,
     write_json,
     write_tokenizer,
 )
@@ -116,10 +116,8 @@ def run_training(
         allow_change: settings that may differ from those the run began with.
         dry_run: stop before anything is computed or written.
     """
-    distributed.initialize()
-    mesh = make_mesh(**config.mesh.sizes)
-    key = stage_key(config.seed, command)
-    with use_mesh(mesh):
+    with distributed.together(), use_mesh(make_mesh(**config.mesh.sizes)) as mesh:
+        key = stage_key(config.seed, command)
         if dry_run:
             recipe = build(config, mesh, key)
             _check_room(config, recipe)
@@ -394,33 +392,27 @@ def export(
 ) -> None:
     """Writes the HF folder (an adapter's: the PEFT folder) and reads it back: the same bits, or an
     error."""
-    partial = folder.with_name(folder.name + ".partial")
-    if distributed.is_primary():
-        shutil.rmtree(partial, ignore_errors=True)
-    distributed.barrier("export begins")
     card = model_card(command, config, recipe, metrics)
-    if recipe.adapted is not None:
-        write_adapter(partial, params, recipe.adapted, recipe.architecture, recipe.kind, card)
-    else:
-        save_hf(
-            partial,
-            params,
-            recipe.architecture,
-            kind=recipe.kind,
-            pad_token_id=recipe.pad_token_id,
-            hf_config=recipe.hf_config,
-            model_card=card,
-        )
-    if distributed.is_primary():
-        write_tokenizer(recipe.tokenizer, partial)
+    with whole_folder(folder) as partial:
+        if recipe.adapted is not None:
+            write_adapter(partial, params, recipe.adapted, recipe.architecture, recipe.kind, card)
+        else:
+            save_hf(
+                partial,
+                params,
+                recipe.architecture,
+                kind=recipe.kind,
+                pad_token_id=recipe.pad_token_id,
+                hf_config=recipe.hf_config,
+                model_card=card,
+            )
+        if distributed.is_primary():
+            write_tokenizer(recipe.tokenizer, partial)
         if jax.process_count() == 1 and recipe.adapted is None:
             kept = {k: params[k] for k in params if k not in ("value", _other_head(recipe.kind))}
             back = load_hf(partial, kind=recipe.kind)
             if content_digest(back.params) != content_digest(kept):
                 raise CheckpointError(f"{folder}: the exported weights differ when read back")
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    distributed.barrier("export ends")
 
 
 def _other_head(kind: str) -> str:

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from devices import run_in_processes, run_on_devices, start
 
@@ -93,3 +94,37 @@ def test_one_of_two_started_says_how_to_start_the_other(tmp_path):
     assert "not all 2 processes came together within 2 s" in text
     assert "JAX_PROCESS_ID=0 ... 1 (this one is 1" in text
     assert "stack trace" not in text
+
+
+def fail(only):
+    """One process cannot go on; the other waits for it in a collective."""
+    with distributed.together():
+        if jax.process_index() == only:
+            raise JaxrlhfError("no space left here")
+        distributed.barrier("further on")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", [0, 1])
+def test_where_one_process_fails_all_end(only):
+    """jax alone would let both wait for 300 s."""
+    with pytest.raises(AssertionError) as failed:
+        run_in_processes(2, fail, only=only, timeout=120, env={"JAXRLHF_HEARTBEAT_SECONDS": "5"})
+    text = str(failed.value)
+    assert "JaxrlhfError: no space left here" in text
+    assert "killed after" not in text
+
+
+def fail_alike():
+    with distributed.together():
+        raise JaxrlhfError("an unknown key")
+
+
+@pytest.mark.slow
+def test_where_all_fail_alike_each_says_so():
+    with pytest.raises(AssertionError) as failed:
+        run_in_processes(2, fail_alike, timeout=120)
+    text = str(failed.value)
+    assert "ended with [1, 1]" in text
+    assert text.count("JaxrlhfError: an unknown key") == 2
+    assert "DEADLINE" not in text
