@@ -31,6 +31,8 @@ from jaxrlhf.sampling.batches import make_sampler
 from jaxrlhf.stages.models import make_runtime
 from jaxrlhf.stages.programs import stage_programs
 
+RATE = np.float32(1e-5)  # of the optimizer steps
+
 MODELS = {
     "tiny": ModelConfig(vocab_size=512, hidden_size=256, num_layers=4, num_heads=4, mlp_dim=1024),
     "small": ModelConfig(vocab_size=8192, hidden_size=512, num_layers=8, num_heads=8, mlp_dim=1536),
@@ -151,7 +153,7 @@ def _compile(config: TrainingConfig, model: ModelConfig) -> tuple[dict[str, Any]
 def _offline(config: TrainingConfig, model: ModelConfig, reference: bool) -> Callable[[], None]:
     """Optimizer steps on one batch; with `reference` also the reference's pass over it."""
     programs, compiled = _compile(config, model)
-    shapes, _, batch_shapes, _ = programs["train_step"].args
+    shapes, _, batch_shapes, *_ = programs["train_step"].args
     state, key = _state(shapes), jax.random.key(0)
     batch = _rows(batch_shapes, model.vocab_size)
     frozen = jax.tree.map(jnp.copy, state.params) if reference else None
@@ -161,7 +163,7 @@ def _offline(config: TrainingConfig, model: ModelConfig, reference: bool) -> Cal
         if reference:
             scored = compiled["scorer"](frozen, batch)
             batch = batch.replace(ref_logprobs=scored)
-        state, metrics = compiled["train_step"](state, {}, batch, key)
+        state, metrics = compiled["train_step"](state, {}, batch, key, RATE)
         jax.block_until_ready((state, metrics))
 
     return run
@@ -228,7 +230,7 @@ def ppo(name: str) -> Workload:
         )
         for epoch in range(epochs):
             for rows in compiled["minibatches"](experience, jax.random.fold_in(key, epoch)):
-                state, metrics = compiled["train_step"](state, {}, rows, key)
+                state, metrics = compiled["train_step"](state, {}, rows, key, RATE)
         jax.block_until_ready((state, metrics))
 
     total = prompt + new

@@ -5,7 +5,6 @@ The sampler itself is `sampling.sample`. Here temperature is its only filter: a 
 with top-k, top-p or min-p is not the distribution whose log-probs the update differentiates.
 """
 
-import zlib
 from typing import Any
 
 import jax
@@ -14,13 +13,6 @@ import jax.numpy as jnp
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.sampling.decode import sample
 from jaxrlhf.types import Rollout
-
-
-def stage_key(seed: int, stage: str, step: jax.Array | int) -> jax.Array:
-    """The key of one step of one stage, a function of these three only, so that resuming needs no
-    stored key; rows fold their id in."""
-    key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(stage.encode()))
-    return jax.random.fold_in(key, step)
 
 
 def roll_out(

@@ -139,7 +139,7 @@ class _Builder:
         params, axes = model
         trained, frozen = self.halves(params)
         config, ema = self.config, self.config.train.ema_decay
-        tx, schedule = optimizer(config.optim, config.train.steps or 1)
+        tx, _ = optimizer(config.optim, config.train.steps or 1)
         state = jax.eval_shape(lambda p: init_state(p, tx, ema=ema is not None), trained)
         where, _ = state_shardings(axes, state, self.mesh)
         section = config.model.adapter
@@ -149,11 +149,11 @@ class _Builder:
             accum=passes(config, rows, self.mesh),
             prepare=prepare,
             ema_decay=ema,
-            schedule=schedule,
         )
         jitted = jit_train_step(step, where, self.mesh)
         frozen = abstract(frozen, shardings(axes, frozen, self.mesh)[0])
-        return Program(jitted, (abstract(state, where), frozen, batch, self.key))
+        rate = self.shape(dtype="float32")
+        return Program(jitted, (abstract(state, where), frozen, batch, self.key, rate))
 
     def halves(self, params: Params) -> tuple[Params, Params]:
         """(what trains, what is frozen) of a model, or of an actor and a critic."""

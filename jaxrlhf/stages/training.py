@@ -42,7 +42,7 @@ from jaxrlhf.train.loop import train
 from jaxrlhf.train.metrics import MetricWriter, last_values
 from jaxrlhf.train.optim import make_optimizer
 from jaxrlhf.train.state import TrainState, place_state
-from jaxrlhf.train.step import TrainStep, jit_train_step, make_train_step
+from jaxrlhf.train.step import TrainStep, at_scheduled_rate, jit_train_step, make_train_step
 from jaxrlhf.types import Params
 
 Build = Callable[[Any, Mesh, jax.Array], Recipe]
@@ -236,18 +236,14 @@ def _run(
     if distributed.is_primary():
         save_tokenizer(recipe.tokenizer, output / "tokenizer")
 
-    train_step = jit_train_step(
-        make_train_step(
-            on_halves(recipe.loss_fn, recipe.adapted.adapter.dropout if recipe.adapted else 0.0),
-            tx,
-            accum=accumulation,
-            prepare=recipe.prepare,
-            ema_decay=ema,
-            schedule=schedule,
-        ),
-        where,
-        mesh,
+    train_step = make_train_step(
+        on_halves(recipe.loss_fn, recipe.adapted.adapter.dropout if recipe.adapted else 0.0),
+        tx,
+        accum=accumulation,
+        prepare=recipe.prepare,
+        ema_decay=ema,
     )
+    train_step = at_scheduled_rate(jit_train_step(train_step, where, mesh), schedule, mesh)
 
     def weights_of(state: TrainState) -> Params:
         """What is evaluated and exported: the average of the weights where one is kept, and

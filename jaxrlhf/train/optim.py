@@ -2,9 +2,10 @@
 """Optimizers and learning-rate schedules, by name.
 
 Every optimizer is the same chain: clip by the global norm of the accumulated gradient, the
-preconditioner, decoupled weight decay on matrices only, the scheduled rate, times a factor of their
-own for parameters that have one. A new one is a function that returns its preconditioner, and a
-line in OPTIMIZERS; its keyword parameters are its settings.
+preconditioner, decoupled weight decay on matrices only, times a factor of their own for parameters
+that have one. The learning rate is no part of it but an argument of the step, so that another rate,
+schedule or number of steps is the same compiled program. A new optimizer is a function that returns
+its preconditioner, and a line in OPTIMIZERS; its keyword parameters are its settings.
 """
 
 import inspect
@@ -205,8 +206,9 @@ def make_optimizer(
             multiplied by this; see `path_factors`, whose errors `init` raises.
 
     Returns:
-        (transformation, schedule). The optimizer's statistics are fp32 (see `adamw`) even where
-        parameters are not.
+        (transformation, schedule). What the transformation says, times the schedule's rate of the
+        step, is added to the parameters (`make_train_step` does). The optimizer's statistics are
+        fp32 (see `adamw`) even where parameters are not.
     """
     if name not in OPTIMIZERS:
         raise ConfigError(_unknown("optim.name", name, OPTIMIZERS))
@@ -229,7 +231,7 @@ def make_optimizer(
         parts.append(optax.add_decayed_weights(weight_decay, mask=decay_mask))
     if rate_factors:
         parts.append(scale_by_path(rate_factors))
-    parts.append(optax.scale_by_learning_rate(rate))
+    parts.append(optax.scale(-1.0))
     chain = optax.chain(*parts)
 
     def init(params: Params) -> optax.OptState:

@@ -21,7 +21,8 @@ from jaxrlhf.types import Params
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, count), scalars
 # (trainable, frozen, batch, key) -> (loss [], metrics)
 LossFn = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
-TrainStep = Callable[[TrainState, Params, Any, jax.Array], tuple[TrainState, Metrics]]
+# (state, frozen, batch, key, rate) -> (state, metrics)
+TrainStep = Callable[..., tuple[TrainState, Metrics]]
 
 
 def split_rows(batch: Any, accum: int) -> Any:
@@ -50,15 +51,16 @@ def make_train_step(
     accum: int = 1,
     prepare: Callable[[Any], Any] | None = None,
     ema_decay: float | None = None,
-    schedule: optax.Schedule | None = None,
 ) -> TrainStep:
-    """Returns a pure, unjitted `train_step(state, frozen, batch, key) -> (state, metrics)`.
+    """Returns a pure, unjitted `train_step(state, frozen, batch, key, rate) -> (state, metrics)`.
 
     `accum=k` equals `accum=1` up to rounding, whatever the masks: weights were normalised
     over the global batch before the split, and gradients add up in fp32.
 
     A step whose loss or gradient is not finite changes nothing but the step counter and says so in
     the metric `nonfinite`; the next step may well be fine.
+
+    The learning rate is an argument: `rate` times the update of `tx` is added to the parameters.
 
     Args:
         loss_fn: (trainable, frozen, batch, key) -> (loss, {name: (sum, count)}), loss a weighted
@@ -67,17 +69,16 @@ def make_train_step(
         prepare: a pure function of the *global* batch, run before the split: whatever needs all
             rows at once (normalising weights, whitening, baselines) goes there.
         ema_decay: moves `state.extra["ema"]` (see `init_state`): ema = d * ema + (1 - d) * params.
-        schedule: the learning rate as a function of the step, only to report it.
 
     Metrics of the step itself: `loss`, `grad_norm` (global, of the accumulated gradient, before
-    clipping), `nonfinite` (1 where the step was skipped), `learning_rate` with a schedule.
+    clipping), `nonfinite` (1 where the step was skipped), `learning_rate`.
     """
     if accum < 1:
         raise ValueError(f"accum = {accum} must be at least 1")
     grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
     def train_step(
-        state: TrainState, frozen: Params, batch: Any, key: jax.Array
+        state: TrainState, frozen: Params, batch: Any, key: jax.Array, rate: jax.Array | float
     ) -> tuple[TrainState, Metrics]:
         if ema_decay is not None and "ema" not in state.extra:
             raise ValueError("ema_decay needs a state made with ema=True")
@@ -106,6 +107,7 @@ def make_train_step(
         def update(moving: Any) -> Any:
             params, opt_state, extra = moving
             updates, opt_state = tx.update(grads, opt_state, params)
+            updates = jax.tree.map(lambda u: rate * u, updates)
             params = optax.apply_updates(params, updates)
             if ema_decay is not None:
                 d = ema_decay
@@ -123,9 +125,8 @@ def make_train_step(
             "loss": (loss, 1.0),
             "grad_norm": (norm, 1.0),
             "nonfinite": (1.0 - finite.astype(jnp.float32), 1.0),
+            "learning_rate": (jnp.asarray(rate, jnp.float32), 1.0),
         }
-        if schedule is not None:
-            own["learning_rate"] = (jnp.asarray(schedule(state.step), jnp.float32), 1.0)
         state = TrainState(step=state.step + 1, params=params, opt_state=opt_state, extra=extra)
         return state, {**own, **metrics}
 
@@ -140,3 +141,18 @@ def jit_train_step(train_step: TrainStep, shardings: TrainState, mesh: Mesh) -> 
     """
     whole = NamedSharding(mesh, PartitionSpec())
     return jit(train_step, mesh, donate_argnums=0, out_shardings=(shardings, whole))
+
+
+def at_scheduled_rate(train_step: TrainStep, schedule: optax.Schedule, mesh: Mesh) -> TrainStep:
+    """(state, frozen, batch, key) -> (state, metrics): the step at the rate of `state.step`.
+
+    The rate is computed on the devices, by a program of its own: nothing waits for the counter, and
+    another schedule compiles no other step.
+    """
+    whole = NamedSharding(mesh, PartitionSpec())
+    rate_at = jax.jit(lambda step: jnp.asarray(schedule(step), jnp.float32), out_shardings=whole)
+
+    def scheduled(state: TrainState, frozen: Params, batch: Any, key: jax.Array) -> Any:
+        return train_step(state, frozen, batch, key, rate_at(state.step))
+
+    return scheduled

@@ -111,12 +111,12 @@ def test_the_ratio_is_exactly_1_before_the_first_update_and_always_at_rate_0(cas
         }
         return total, {name: (x.astype(jnp.float32), mask.sum()) for name, x in off.items()}
 
-    tx = optax.adam(rate)
+    tx = optax.adam(1.0)
     step = jit(make_train_step(loss_fn, tx, accum=accum))
     state = TrainState(step=jnp.int32(0), params=params, opt_state=tx.init(params), extra={})
     for epoch in range(2):
         for i, batch in enumerate(minibatches(exp, jax.random.key(epoch), parts)):
-            state, metrics = step(state, {}, batch, jax.random.key(0))
+            state, metrics = step(state, {}, batch, jax.random.key(0), rate)
             if rate == 0 or (epoch == 0 and i == 0):
                 for name in ("ratio", "clip", "kl", "values"):
                     assert float(metrics[name][0]) == 0, (name, epoch, i)

@@ -51,6 +51,7 @@ RAGGED = ModelConfig(
     max_positions=64,
 )
 LENGTH, ROWS, NEW = 24, 16, 10
+RATE = np.float32(1e-3)
 LARGE = 512  # numbers; every matrix of the models above has more, every vector of a layer fewer
 
 
@@ -61,7 +62,7 @@ def settings(stage, adapter=None):
         "model": model,
         "data": {"train": ["none"], "max_length": LENGTH},
         "train": {"steps": 20, "batch_size": ROWS, "accumulation": 2},
-        "optim": {"learning_rate": 1e-3, "clip_norm": None, "schedule": "constant"},
+        "optim": {"learning_rate": float(RATE), "clip_norm": None, "schedule": "constant"},
     }
     if stage == "ppo":
         given["train"]["batch_size"] = 2 * ROWS
@@ -209,7 +210,7 @@ def run(stage, architecture, mesh, steps, whole, adapter=None):
                 scorer = programs["scorer"]
                 compiled["scorer"] = scorer.function.lower(*scorer.args).compile()
         for i in range(steps):
-            state, metrics = step(state, frozen, batches[i % len(batches)], key)
+            state, metrics = step(state, frozen, batches[i % len(batches)], key, RATE)
             if i == 0:
                 out["gradients"] = first_moments(state)
                 out["metrics"] = {k: (float(s), float(c)) for k, (s, c) in metrics.items()}

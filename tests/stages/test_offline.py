@@ -123,7 +123,7 @@ def test_one_pass_of_8_rows_is_8_passes_of_one(stage, tiny, models, tmp_path):
         for passes in (1, 8):
             step = make_train_step(recipe.loss_fn, GRADIENTS, accum=passes, prepare=recipe.prepare)
             began = state.replace(opt_state=GRADIENTS.init(state.params))
-            after, said = jax.jit(step)(began, frozen, batch, key)
+            after, said = jax.jit(step)(began, frozen, batch, key, 1.0)
             found[passes] = after.opt_state, float(said["loss"][0])
     flat = {
         n: np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for n, (g, _) in found.items()

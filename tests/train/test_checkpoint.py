@@ -281,7 +281,7 @@ def meshes(folder):
         with use_mesh(mesh):
             for i in range(first, first + n):
                 batch = put_batch(toy.batch(i, rows=16, embed=32), mesh)
-                state, _ = step(state, {}, batch, jax.random.key(0))
+                state, _ = step(state, {}, batch, jax.random.key(0), 0.05)
         return state
 
     mesh, state, where, step = place(jax.devices(), fsdp=8)

@@ -30,23 +30,36 @@ def gradient_stream(n, scale=1.0):
         )
 
 
-def run(tx, grads):
+def compiled_step(optimizer):
+    """(init, step): one step of (transformation, schedule) as `make_train_step` takes it, at the
+    rate of step i; compiled as a whole, since op by op it takes many times as long."""
+    tx, schedule = optimizer
+
+    @jax.jit
+    def step(grads, state, params, i):
+        updates, state = tx.update(grads, state, params)
+        return jax.tree.map(lambda u: schedule(i) * u, updates), state
+
+    return jax.jit(tx.init), step
+
+
+def run(optimizer, grads):
     params = toy.params()
-    # Compiled as a whole: op by op it takes many times as long.
-    update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
-    for g in grads:
-        updates, state = update(g, state, params)
+    init, step = compiled_step(optimizer)
+    state = init(params)
+    for i, g in enumerate(grads):
+        updates, state = step(g, state, params, i)
         params = optax.apply_updates(params, updates)
     return params, state
 
 
 def test_adamw_with_clipping_decay_and_schedule_equals_a_float64_transcription():
     lr, b1, b2, eps, decay, clip, steps, warm = 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, 6, 2
-    tx, _ = make_optimizer(
+    optimizer = make_optimizer(
         "adamw", lr, schedule="linear", warmup=warm, steps=steps, weight_decay=decay,
         clip_norm=clip, b2=b2,
     )  # fmt: skip
-    got, _ = run(tx, gradient_stream(steps))
+    got, _ = run(optimizer, gradient_stream(steps))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), toy.params())
     m = jax.tree.map(np.zeros_like, p)
     v = jax.tree.map(np.zeros_like, p)
@@ -67,8 +80,8 @@ def test_adamw_with_clipping_decay_and_schedule_equals_a_float64_transcription()
 
 
 def test_sgd_with_momentum_equals_a_float64_transcription():
-    tx, _ = make_optimizer("sgd", 0.1, momentum=0.9, clip_norm=None)
-    got, _ = run(tx, gradient_stream(5))
+    optimizer = make_optimizer("sgd", 0.1, momentum=0.9, clip_norm=None)
+    got, _ = run(optimizer, gradient_stream(5))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), toy.params())
     m = jax.tree.map(np.zeros_like, p)
     for g in gradient_stream(5):
@@ -79,8 +92,8 @@ def test_sgd_with_momentum_equals_a_float64_transcription():
 
 def test_adafactor_equals_a_float64_transcription_of_the_factored_moments():
     lr, threshold = 1e-2, 1.0
-    tx, _ = make_optimizer("adafactor", lr, clip_norm=None, min_dim_size_to_factor=8)
-    got, _ = run(tx, gradient_stream(4))
+    optimizer = make_optimizer("adafactor", lr, clip_norm=None, min_dim_size_to_factor=8)
+    got, _ = run(optimizer, gradient_stream(4))
     p = jax.tree.map(lambda x: np.asarray(x, np.float64), toy.params())
     row, col, full = {}, {}, {}
     for t, g in enumerate(gradient_stream(4)):
@@ -113,9 +126,10 @@ def test_decay_acts_on_exactly_the_matrices_of_a_stacked_model():
         "score": {"kernel": jnp.ones((4, 1))},
         "value": {"kernel": jnp.ones((4, 1)), "bias": jnp.ones((1,))},
     }
-    tx, _ = make_optimizer("adamw", 0.1, weight_decay=0.5)
+    optimizer = make_optimizer("adamw", 0.1, weight_decay=0.5)
     zero = jax.tree.map(jnp.zeros_like, params)
-    updates, _ = jax.jit(tx.update)(zero, jax.jit(tx.init)(params), params)
+    init, step = compiled_step(optimizer)
+    updates, _ = step(zero, init(params), params, 0)
     moved = {
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, u in jax.tree_util.tree_flatten_with_path(updates)[0]
@@ -159,8 +173,8 @@ def test_schedules_warm_up_decay_and_stay_defined_past_their_end(name, warmup):
 
 
 def test_bf16_moments_are_the_first_only():
-    tx, _ = make_optimizer("adamw", 0.1, moment_dtype="bfloat16")
-    _, state = run(tx, gradient_stream(2))
+    optimizer = make_optimizer("adamw", 0.1, moment_dtype="bfloat16")
+    _, state = run(optimizer, gradient_stream(2))
     kinds = {
         name: {x.dtype.name for x in jax.tree.leaves(optax.tree.get(state, name))}
         for name in ("mu", "nu")
@@ -188,24 +202,23 @@ def test_wrong_settings_are_refused_by_name(arguments, words):
 
 @pytest.mark.parametrize("name", sorted(OPTIMIZERS))
 def test_every_optimizer_lowers_a_quadratic(name):
-    tx, _ = make_optimizer(name, 0.05, weight_decay=0.01)
     params = toy.params()
-    update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
+    init, step = compiled_step(make_optimizer(name, 0.05, weight_decay=0.01))
+    state = init(params)
     loss = jax.jit(lambda p: sum((x**2).sum() for x in jax.tree.leaves(p)))
     first = loss(params)
-    for _ in range(20):
-        updates, state = update(jax.grad(loss)(params), state, params)
+    for i in range(20):
+        updates, state = step(jax.grad(loss)(params), state, params, i)
         params = optax.apply_updates(params, updates)
     assert loss(params) < 0.9 * first
 
 
 def test_rate_factors_scale_whole_steps_of_the_parameters_below_their_path():
     def one_step(**settings):
-        tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1, **settings)
+        init, step = compiled_step(make_optimizer("adamw", 1e-2, weight_decay=0.1, **settings))
         params = {"actor": toy.params(), "critic": toy.params()}
         grads = {"actor": next(gradient_stream(1)), "critic": next(gradient_stream(1))}
-        updates, _ = jax.jit(tx.update)(grads, jax.jit(tx.init)(params), params)
-        return updates
+        return step(grads, init(params), params, 0)[0]
 
     plain, scaled = one_step(), one_step(rate_factors={"critic": 5.0})
     jax.tree.map(np.testing.assert_array_equal, plain["actor"], scaled["actor"])

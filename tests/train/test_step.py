@@ -13,9 +13,10 @@ from jaxrlhf.parallel.mesh import make_mesh
 from jaxrlhf.parallel.rules import put_batch, replicated, use_mesh
 from jaxrlhf.train.optim import make_optimizer
 from jaxrlhf.train.state import init_state, place_state
-from jaxrlhf.train.step import jit_train_step, make_train_step, split_rows
+from jaxrlhf.train.step import at_scheduled_rate, jit_train_step, make_train_step, split_rows
 
 KEY = jax.random.key(0)
+RATE = 0.05
 
 
 def gradients(accum, batch, prepare=None):
@@ -23,7 +24,7 @@ def gradients(accum, batch, prepare=None):
     tx = optax.sgd(1.0)
     params = toy.params()
     step = jax.jit(make_train_step(toy.loss_fn, tx, accum=accum, prepare=prepare))
-    state, metrics = step(init_state(params, tx), {}, batch, KEY)
+    state, metrics = step(init_state(params, tx), {}, batch, KEY, 1.0)
     return jax.tree.map(lambda a, b: np.asarray(a, np.float64) - b, params, state.params), metrics
 
 
@@ -95,10 +96,10 @@ def test_split_rows_keeps_every_row_once_and_repeats_scalars():
 def test_a_non_finite_step_changes_nothing_and_the_next_one_learns(poison):
     tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1)
     step = jax.jit(make_train_step(toy.loss_fn, tx, accum=2, ema_decay=0.9))
-    state, _ = step(init_state(toy.params(), tx, ema=True), {}, toy.batch(0), KEY)
+    state, _ = step(init_state(toy.params(), tx, ema=True), {}, toy.batch(0), KEY, RATE)
     bad = toy.batch(1)
     bad["y"][0, 0, 0] = {"nan": np.nan, "inf": np.inf, "overflow": 1e30}[poison]
-    after, metrics = step(state, {}, bad, KEY)
+    after, metrics = step(state, {}, bad, KEY, RATE)
     assert float(metrics["nonfinite"][0]) == 1.0
     assert int(after.step) == 2
     same = jax.tree.map(
@@ -107,7 +108,7 @@ def test_a_non_finite_step_changes_nothing_and_the_next_one_learns(poison):
         (state.params, state.opt_state, state.extra),
     )
     assert all(jax.tree.leaves(same))
-    after, metrics = step(after, {}, toy.batch(2), KEY)
+    after, metrics = step(after, {}, toy.batch(2), KEY, RATE)
     assert float(metrics["nonfinite"][0]) == 0.0
     assert not bool((after.params["up"]["kernel"] == state.params["up"]["kernel"]).all())
 
@@ -118,7 +119,7 @@ def test_a_finite_loss_with_a_gradient_that_is_not_is_skipped_too():
 
     tx, _ = make_optimizer("sgd", 0.1)
     state = init_state({"w": {"kernel": jnp.zeros(2)}}, tx)
-    after, metrics = jax.jit(make_train_step(loss_fn, tx))(state, {}, {}, KEY)
+    after, metrics = jax.jit(make_train_step(loss_fn, tx))(state, {}, {}, KEY, RATE)
     assert float(metrics["loss"][0]) == 0.0
     assert float(metrics["nonfinite"][0]) == 1.0
     assert (after.params["w"]["kernel"] == 0).all()
@@ -130,11 +131,11 @@ def test_ema_equals_the_running_average_of_all_leaves():
     state = init_state(toy.params(), tx, ema=True)
     want = jax.tree.map(lambda p: np.asarray(p, np.float64), state.params)
     for i in range(4):
-        state, _ = step(state, {}, toy.batch(i), KEY)
+        state, _ = step(state, {}, toy.batch(i), KEY, RATE)
         want = jax.tree.map(lambda e, p: 0.75 * e + 0.25 * np.asarray(p), want, state.params)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.extra["ema"], want)
     with pytest.raises(ValueError, match="ema=True"):
-        step(init_state(toy.params(), tx), {}, toy.batch(0), KEY)
+        step(init_state(toy.params(), tx), {}, toy.batch(0), KEY, RATE)
 
 
 def test_frozen_weights_are_used_and_never_changed():
@@ -144,21 +145,27 @@ def test_frozen_weights_are_used_and_never_changed():
     frozen = {"shift": jnp.full((16,), 0.5)}
     step = jit_train_step(make_train_step(toy.loss_fn, tx), where, mesh)
     for i in range(3):
-        state, _ = step(state, frozen, toy.batch(i), KEY)
+        state, _ = step(state, frozen, toy.batch(i), KEY, RATE)
     assert (frozen["shift"] == 0.5).all()  # still there, though the state was donated
 
 
-def test_the_compiled_step_compiles_once_and_donates():
+def test_the_compiled_step_compiles_once_and_donates_whatever_the_schedule():
     tx, schedule = make_optimizer("adamw", 1e-2, schedule="cosine", steps=10, warmup=2)
     mesh = make_mesh()
     state, where, _ = place_state(toy.params(), tx, mesh, toy.AXES, ema=True)
-    train_step = make_train_step(toy.loss_fn, tx, ema_decay=0.9, schedule=schedule)
-    step = jit_train_step(train_step, where, mesh)
+    train_step = make_train_step(toy.loss_fn, tx, ema_decay=0.9)
+    compiled = jit_train_step(train_step, where, mesh)
     first = state
-    for i in range(3):
+    for i in range(4):
+        _, schedule = make_optimizer("adamw", 1e-2, schedule="cosine", steps=10 + i, warmup=i)
+        before = np.array(state.params["up"]["kernel"])  # a copy: a view would keep the buffer
+        step = at_scheduled_rate(compiled, schedule, mesh)
         state, metrics = step(state, {}, put_batch(toy.batch(i), mesh), KEY)
         assert float(metrics["learning_rate"][0]) == pytest.approx(float(schedule(i)))
-    assert step._cache_size() == 1
+        if i == 0:  # Adam's first update is the sign of the gradient
+            moved = abs(state.params["up"]["kernel"] - before)
+            np.testing.assert_allclose(moved, float(schedule(0)), rtol=1e-3)
+    assert compiled._cache_size() == 1
     assert all(x.is_deleted() for x in jax.tree.leaves(first))
 
 
@@ -166,7 +173,7 @@ def test_bf16_parameters_keep_their_dtype_and_fp32_statistics():
     tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1, moment_dtype="bfloat16")
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), toy.params())
     state = init_state(params, tx)
-    after, _ = jax.jit(make_train_step(toy.loss_fn, tx, accum=2))(state, {}, toy.batch(), KEY)
+    after, _ = jax.jit(make_train_step(toy.loss_fn, tx, accum=2))(state, {}, toy.batch(), KEY, RATE)
     assert jax.tree.map(lambda a: a.dtype, after) == jax.tree.map(lambda a: a.dtype, state)
     dtypes = {x.dtype.name for x in jax.tree.leaves(optax.tree.get(after.opt_state, "nu"))}
     assert dtypes == {"float32"}
@@ -195,14 +202,14 @@ def on_a_mesh(sizes, accum):
             step = jit_train_step(make_train_step(toy.loss_fn, tx, accum=accum), where, mesh)
             frozen = jax.device_put({"shift": jnp.full((64,), 0.5)}, replicated(mesh))
             batches = [put_batch(toy.batch(i, 64, 16, 64, ragged=False), mesh) for i in range(20)]
-            compiled = step.lower(state, frozen, batches[0], KEY).compile()
+            compiled = step.lower(state, frozen, batches[0], KEY, RATE).compile()
             flops = compiled.cost_analysis()["flops"] * mesh.size
             start = jax.device_get(state.params)
-            state, _ = step(state, frozen, batches[0], KEY)
+            state, _ = step(state, frozen, batches[0], KEY, RATE)
             after = jax.device_get(state.params)
             for batch in batches[1:]:
-                state, _ = step(state, frozen, batch, KEY)
-            grads = jax.tree.map(lambda a, b: (a - b) / 0.05, start, after)
+                state, _ = step(state, frozen, batch, KEY, RATE)
+            grads = jax.tree.map(lambda a, b: (a - b) / RATE, start, after)
             results.append((grads, jax.device_get(state.params), flops, step._cache_size()))
     (g1, p1, f1, _), (g8, p8, f8, compiles) = results
     return {

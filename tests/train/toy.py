@@ -79,7 +79,7 @@ def run(
     from jaxrlhf.train.metrics import MetricWriter
     from jaxrlhf.train.optim import make_optimizer
     from jaxrlhf.train.state import place_state
-    from jaxrlhf.train.step import jit_train_step, make_train_step
+    from jaxrlhf.train.step import at_scheduled_rate, jit_train_step, make_train_step
 
     distributed.initialize()
     tx, schedule = make_optimizer(
@@ -97,9 +97,8 @@ def run(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
             )
             state, start = checkpoints.restore(abstract, step)
-        step_fn = jit_train_step(
-            make_train_step(loss_fn, tx, accum=2, ema_decay=0.9, schedule=schedule), where, mesh
-        )
+        train_step = make_train_step(loss_fn, tx, accum=2, ema_decay=0.9)
+        step_fn = at_scheduled_rate(jit_train_step(train_step, where, mesh), schedule, mesh)
 
         def advance(state, step):
             rows = batch(step)
