@@ -19,6 +19,11 @@ from jaxrlhf.config.base import (
 
 class EvaluationSection(Section):
     samples_per_prompt: Positive = Field(default=1, description="completions drawn for each prompt")
+    distinct_samples: Positive = Field(
+        default=1,
+        description="completions of each prompt that distinct-n is counted over; it falls with "
+        "the amount of text, so it must be the same wherever models are compared",
+    )
     best_of: Counts = Field(
         default_factory=list,
         description="best-of-n of the proxy for these n, each at most samples_per_prompt",

@@ -102,6 +102,7 @@ def describe_completions(
     *,
     lengths: Sequence[int] | None = None,
     finish_reasons: Sequence | None = None,
+    variety: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """The text metrics of a set of completions under the names of `results.METRICS`.
 
@@ -109,12 +110,15 @@ def describe_completions(
         completions: [N] texts, counted in `words`.
         lengths: [N] in tokens; words are counted where it is None.
         finish_reasons: [N] "stop"/"length" or 1/0; no EOS rate where it is None.
+        variety: which completions distinct-n is counted over (None = all): it falls with the
+            amount of text, so models are compared on as many of each.
     """
     units = [words(text) for text in completions]
+    counted = units if variety is None else [units[i] for i in variety]
     metrics = {
         **length_stats([len(u) for u in units] if lengths is None else lengths),
-        "distinct_1": distinct_n(units, 1),
-        "distinct_2": distinct_n(units, 2),
+        "distinct_1": distinct_n(counted, 1),
+        "distinct_2": distinct_n(counted, 2),
         "repetition": repetition_rate(units),
     }
     if finish_reasons is not None:

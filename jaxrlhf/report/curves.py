@@ -7,7 +7,7 @@ import re
 from jaxrlhf.evaluation.results import CurvePoint
 from jaxrlhf.report.chart import Line, Point, chart, number, swatch, thin_out
 from jaxrlhf.report.html import Element, h
-from jaxrlhf.report.models import Model, metric_info, own_point, run_colours
+from jaxrlhf.report.models import Model, judged_runs, metric_info, own_point, run_colours
 from jaxrlhf.report.read import Run
 
 SERIES = {
@@ -76,7 +76,55 @@ def reward_against_kl(runs: list[Run], models: list[Model]) -> list[Element]:
         h("p", note, cls="note"),
         h("div", marks, cls="legend"),
         h("div", panels, cls="grid2"),
+        *(h("details", h("summary", title), table) for title, table in _in_numbers(models)),
     ]
+
+
+def _in_numbers(models: list[Model]) -> list[tuple[str, Element]]:
+    """What samples of a model allow, as tables: best of n, and the optimum at some coefficients."""
+    found = []
+    for m in models:
+        metrics, intervals = m.result.metrics, m.result.intervals
+        best = [p for p in m.result.curve if p.series == "best_of_n"]
+        with_gold = any(p.gold is not None for p in best)
+        planes = PLANES[::-1] if with_gold else ("proxy",)
+        rows = [
+            _figures(
+                p.label,
+                _cell(p.kl),
+                _cell(None),
+                *(_cell(getattr(p, plane), p.intervals.get(plane)) for plane in planes),
+            )
+            for p in best
+        ]
+        rows += [
+            _figures(
+                f"the optimum at coefficient {name.removeprefix('optimum/')}",
+                _cell(metrics.get(f"{name}/kl")),
+                _cell(metrics[name], intervals.get(name)),
+                _cell(metrics.get(f"{name}/proxy")),
+                *([_cell(None)] * with_gold),
+            )
+            for name in metrics
+            if re.fullmatch(r"optimum/[^/]+", name)
+        ]
+        if not rows:
+            continue
+        heads = ["", "KL, nats", "largest J", *(metric_info(p, models).title for p in planes)]
+        head = h("tr", [h("th", text, cls="num" if text else "pin") for text in heads])
+        table = h("table", h("thead", head), h("tbody", rows))
+        title = f"Best of n and the optimum, from samples of {m.label}"
+        found.append((title, h("div", h("div", table, cls="scroll"), cls="card")))
+    return found
+
+
+def _figures(label: str, *cells: Element) -> Element:
+    return h("tr", h("th", label, scope="row", cls="pin"), list(cells))
+
+
+def _cell(value: float | None, interval: tuple[float, float] | None = None) -> Element:
+    small = h("span", " to ".join(map(number, interval)), cls="ci") if interval else None
+    return h("td", number(value) if value is not None else "–", small, cls="num")
 
 
 def _curve(series: str, curve: list[CurvePoint], plane: str) -> Line:
@@ -103,7 +151,7 @@ STEPS = {"ppo": "iteration"}
 
 def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
     """Small multiples for each stage, one panel a metric, all runs of that stage in one panel."""
-    colours = run_colours(runs, models)
+    colours, known = run_colours(runs, models), judged_runs(runs, models)
     stages: dict[str, list[Run]] = {}
     for run in runs:
         if run.curves:
@@ -112,12 +160,13 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
     for stage, group in stages.items():
         names = list(dict.fromkeys(name for run in group for name in run.curves))
         names.sort(key=_rank)
-        drawn = [(n, p) for n in names if (p := _panel(n, stage, group, colours)) is not None]
-        first = [panel for name, panel in drawn if not LAST.search(name)][:SHOWN] or [
-            panel for _, panel in drawn
-        ][:SHOWN]
+        told = [n for n in names if not _told_elsewhere(n, names, group)]
+        drawn = [(n, p) for n in told if (p := _panel(n, stage, group, colours)) is not None]
+        telling = [p for n, p in drawn if not LAST.search(n) and not _constant(n, group)]
+        first = telling[:SHOWN] or [panel for _, panel in drawn][:SHOWN]
         rest = [panel for _, panel in drawn if panel not in first]
-        legend = [h("span", swatch(colours[r.name]), r.name) for r in group if len(group) > 1]
+        legend = [h("span", swatch(colours[r.name]), _known_as(r, known)) for r in group]
+        legend = legend if len(group) > 1 else []
         splits = {s for run in group for line in run.curves.values() for s in line}
         if {"train", "eval"} <= splits:
             both = colours[group[0].name] if len(group) == 1 else "quiet"
@@ -133,6 +182,38 @@ def learning_curves(runs: list[Run], models: list[Model]) -> list[Element]:
         if first:
             elements.append(h("div", block, cls="stage"))
     return elements
+
+
+def _known_as(run: Run, known: dict[str, Model]) -> str:
+    """The run's name, behind that of the model that came of it."""
+    label = known[run.name].label if run.name in known else run.name
+    return run.name if label == run.name else f"{label} ({run.name})"
+
+
+def _lines(name: str, group: list[Run]) -> dict[tuple[str, str], list]:
+    """{(run, split): points} of a metric."""
+    return {
+        (run.name, split): points
+        for run in group
+        for split, points in run.curves.get(name, {}).items()
+    }
+
+
+def _told_elsewhere(name: str, names: list[str], group: list[Run]) -> bool:
+    """Whether another metric draws all of its lines: as many or, if it comes first, the same."""
+    own = _lines(name, group)
+    for other in names:
+        lines = _lines(other, group)
+        if other == name or any(lines.get(key) != points for key, points in own.items()):
+            continue
+        if len(lines) > len(own) or names.index(other) < names.index(name):
+            return True
+    return False
+
+
+def _constant(name: str, group: list[Run]) -> bool:
+    values = {y for points in _lines(name, group).values() for _, y in points}
+    return len(values) == 1
 
 
 def _final(group: list[Run], names: list[str]) -> Element | None:

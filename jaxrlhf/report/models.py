@@ -2,10 +2,12 @@
 """The models a report speaks of: one for each evaluation, with one colour wherever it is drawn."""
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jaxrlhf.evaluation.alarms import find_alarms
+from jaxrlhf.evaluation.goodhart import share_of_gain
 from jaxrlhf.evaluation.results import METRICS, Comparison, CurvePoint, EvalResult, Metric
 from jaxrlhf.report.chart import COLOURS, swatch
 from jaxrlhf.report.html import Element, h
@@ -54,7 +56,7 @@ def find_models(runs: list[Run]) -> list[Model]:
             coloured += 1
         models.append(Model(label, result, colour, marker, run))
     base = next((m for m in models if m.result.is_baseline), None)
-    return [_with_alarms(m, base) for m in models]
+    return [_with_share(_with_alarms(m, base), models) for m in models]
 
 
 def _label(run: Run, result: EvalResult, runs: list[Run]) -> str:
@@ -75,10 +77,41 @@ def _with_alarms(model: Model, base: Model | None) -> Model:
     return replace(model, result=replace(model.result, alarms=tuple(found)))
 
 
+def _with_share(model: Model, models: list[Model]) -> Model:
+    """With the share of the possible gain in J, where the base's samples gave the largest J at the
+    model's own KL coefficient. The base is no distance from itself: its J is its reward."""
+    own = model.result.metrics
+    name = f"optimum/{own.get('objective/coef', math.nan):g}"
+    base = next((m for m in models if m.result.is_baseline and name in m.result.metrics), None)
+    if base is None or base is model or "objective" not in own:
+        return model
+    theirs = base.result
+    share = share_of_gain(own["objective"], theirs.metrics["proxy"], theirs.metrics[name])
+    found = {"objective/optimum": theirs.metrics[name], "objective/share_of_gain": share}
+    intervals = dict(model.result.intervals)
+    if name in theirs.intervals:
+        intervals["objective/optimum"] = theirs.intervals[name]
+    return replace(model, result=replace(model.result, metrics=own | found, intervals=intervals))
+
+
+def judged_runs(runs: list[Run], models: list[Model]) -> dict[str, Model]:
+    """{run name: the model that came of it}, for runs whose model was judged."""
+    by_label = {m.label: m for m in models}
+    by_place = {os.path.abspath(m.result.model): m for m in models}
+    itself = {m.run.name: m for m in models if m.run.curves}
+    found = {
+        run.name: by_place.get(os.path.abspath(run.folder))
+        or itself.get(run.name)
+        or by_label.get(run.name)
+        for run in runs
+    }
+    return {name: m for name, m in found.items() if m is not None}
+
+
 def run_colours(runs: list[Run], models: list[Model]) -> dict[str, str]:
     """{run name: colour}: a run whose model was judged has that model's colour everywhere."""
     colours = {m.label: m.colour for m in models}
-    colours |= {m.run.name: m.colour for m in models if m.run.curves}
+    colours |= {name: m.colour for name, m in judged_runs(runs, models).items()}
     free = [f"c{i}" for i in range(COLOURS)]
     count = 0
     for run in runs:

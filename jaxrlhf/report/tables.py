@@ -53,9 +53,13 @@ _LEGEND = (
 )
 
 
+ELSEWHERE = ("best_of_", "optimum/")  # what samples of the base allow: beside its plot (curves.py)
+
+
 def metrics_of(shown: list[Model], models: list[Model]) -> Element:
     """A table of every metric that `shown` have, one column a model."""
     names = list(dict.fromkeys(name for m in shown for name in m.result.metrics))
+    names = [name for name in names if not name.startswith(ELSEWHERE)]
     rows: list[Element] = []
     placed: set[str] = set()
     for title, starts in GROUPS:
@@ -77,7 +81,9 @@ def _row(name: str, shown: list[Model], models: list[Model]) -> Element:
         if not m.result.is_baseline and math.isfinite(m.result.metrics.get(name, math.nan))
     }
     best = None
-    if info.better and len(values) > 1:
+    # Objectives at several KL coefficients are several objectives.
+    coefs = {m.result.metrics.get("objective/coef") for m in shown if m.label in values}
+    if info.better and len(values) > 1 and not (name == "objective" and len(coefs) > 1):
         best = (max if info.better == "higher" else min)(values.values())
     cells = []
     for m in shown:

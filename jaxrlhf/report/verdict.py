@@ -69,11 +69,11 @@ def _policies(metric: str, models: list[Model]) -> list[Element]:
             lead.append(f" ({_range_percent(change.win_rate_interval)}), ties counted half")
     lead.append(".")
     share = best.result.metrics.get("objective/share_of_gain", math.nan)
-    if math.isfinite(share):
+    if metric == "objective" and math.isfinite(share):
         most = best.result.metrics.get("objective/optimum", math.nan)
         lead.append(f" That is {100 * share:.0f} % of what any policy could gain at this")
         lead.append(f" coefficient (J at most {number(most)}).")
-    if metric == "proxy":
+    if metric in ("proxy", "objective"):
         lead.append(
             " This is the score that was optimised; without an independent (gold) score it says "
             "little about quality."
@@ -232,7 +232,10 @@ def _forest(metric: str, info: Metric, models: list[Model]) -> Element:
         cls="runs",
     )
     title = f"{info.title}{unit}{arrow}"
-    level = f"bars: {100 * models[0].result.level:.0f} % intervals; dashed: the baseline"
+    level = (
+        f"bars: {100 * models[0].result.level:.0f} % intervals; dashed: the baseline; change and "
+        "win rate: against the baseline's replies in the same evaluation"
+    )
     return h("div", h("h3", title), h("p", level, cls="small"), table, cls="card tiles-after")
 
 

@@ -242,7 +242,6 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
     said = complete(model)
     found.count = len(said)
     scores = scores_of(said)
-    nats = None
     if config.reference:
         reference = _other(config, config.reference, model, mesh)
         temperature = config.sampling.temperature or 1.0
@@ -252,11 +251,16 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
         scores["kl"] = nats
         if config.eval.kl_coef is not None and "proxy" in scores:
             scores["objective"] = scores["proxy"] - config.eval.kl_coef * nats
+            found.metrics["objective/coef"] = config.eval.kl_coef
     for name, values in scores.items():
         found.metrics[name] = float(values.mean())
         found.intervals[name] = bootstrap_mean(values, clusters=said.groups, **options)
+    variety = [i for i in range(len(said)) if i % n < config.eval.distinct_samples]
     found.metrics |= describe_completions(
-        said.texts, lengths=said.lengths.tolist(), finish_reasons=said.finish_reasons
+        said.texts,
+        lengths=said.lengths.tolist(),
+        finish_reasons=said.finish_reasons,
+        variety=variety,
     )
     if n > 1 and "proxy" in scores:
         _curves(config, scores, len(prompts), n, found)
@@ -265,7 +269,11 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
         theirs = complete(_other(config, config.baseline, model, mesh))
         their_scores = scores_of(theirs)
         name = _short(config.baseline)
-        for metric in judges:
+        compared = list(judges)
+        if "objective" in scores and config.baseline == config.reference:
+            their_scores["objective"] = their_scores["proxy"]  # no distance from itself
+            compared.append("objective")
+        for metric in compared:
             found.comparisons.append(
                 compare(
                     metric,
@@ -277,7 +285,10 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
                 )
             )
         before = {k: float(v.mean()) for k, v in their_scores.items()} | describe_completions(
-            theirs.texts, lengths=theirs.lengths.tolist(), finish_reasons=theirs.finish_reasons
+            theirs.texts,
+            lengths=theirs.lengths.tolist(),
+            finish_reasons=theirs.finish_reasons,
+            variety=variety,
         )
         found.alarms = find_alarms(before, found.metrics, found.comparisons)
     found.samples = _samples(said, scores, theirs, their_scores, config.eval.samples, n)
@@ -307,16 +318,15 @@ def _curves(
     if config.eval.tilt:
         found.curve += optimum_curve(proxy, gold)
         for coef in config.eval.tilt:
-            best = optimum(
-                proxy, coef, gold, samples=config.eval.bootstrap, level=config.eval.confidence
-            )
+            best = optimum(proxy, coef, gold, level=config.eval.confidence)
             name = f"optimum/{coef:g}"
             found.metrics |= {
                 name: best.objective,
                 f"{name}/kl": best.kl,
                 f"{name}/proxy": best.proxy,
             }
-            found.intervals[name] = best.interval
+            if best.interval is not None:
+                found.intervals[name] = best.interval
 
 
 def _samples(

@@ -13,6 +13,7 @@ from jaxrlhf.evaluation.goodhart import (
     optimum,
     optimum_curve,
     overoptimised,
+    share_of_gain,
 )
 from jaxrlhf.evaluation.results import CurvePoint
 
@@ -91,7 +92,7 @@ def bandit(count: int = 200_000) -> np.ndarray:
 
 @pytest.mark.parametrize("coef", sorted(KNOWN))
 def test_optimum_of_the_bandit(coef):
-    got = optimum(bandit(), coef, gold=-bandit(), samples=10)
+    got = optimum(bandit(), coef, gold=-bandit())
     assert got.objective == pytest.approx(KNOWN[coef], abs=2e-5)
     # and the policy that reaches it, enumerated
     ref = np.exp(LOGITS) / np.exp(LOGITS).sum()
@@ -106,13 +107,62 @@ def test_optimum_of_the_bandit(coef):
 
 def test_optimum_of_normal_rewards_is_mean_plus_half_variance_over_coef():
     rewards = np.random.default_rng(4).normal(1.0, 0.5, (8, 3000))
-    got = optimum(rewards, 0.5, samples=200)
+    got = optimum(rewards, 0.5)
     assert got.interval[0] < 1 + 0.25 / (2 * 0.5) < got.interval[1]
     assert got.kl == pytest.approx(0.5, abs=0.05)  # sigma^2 / (2 coef^2)
 
 
+@pytest.mark.parametrize("count", [8, 32])
+def test_optimum_of_few_samples_is_not_too_low_and_lies_in_its_interval(count):
+    # Put in as they are, 8 samples would say 0.40 of 0.5, and 32 0.48 (Jensen).
+    rewards = np.random.default_rng(6).normal(size=(4000, count))
+    got = optimum(rewards, 1.0)
+    assert got.objective == pytest.approx(0.5, abs=0.025)
+    assert got.kl == pytest.approx(0.5, abs=0.06)
+    hits = 0
+    for part in rewards.reshape(100, 40, count):
+        low, high = optimum(part, 1.0).interval
+        assert low < optimum(part, 1.0).objective < high
+        hits += low <= 0.5 <= high
+    assert hits >= 88
+
+
+def test_optimum_is_the_jackknife_by_hand():
+    rewards = np.random.default_rng(7).normal(size=(3, 6))
+    gold = np.random.default_rng(8).normal(size=(3, 6))
+
+    def plain(r, g):
+        w = np.exp(r / 0.7)
+        return np.array([0.7 * np.log(w.mean()), (w @ r) / w.sum(), (w @ g) / w.sum()])
+
+    whole = np.array([plain(r, g) for r, g in zip(rewards, gold, strict=True)])
+    left_out = np.array(
+        [
+            [plain(np.delete(r, i), np.delete(g, i)) for i in range(6)]
+            for r, g in zip(rewards, gold, strict=True)
+        ]
+    )
+    want = (6 * whole - 5 * left_out.mean(1)).mean(0)
+    got = optimum(rewards, 0.7, gold)
+    np.testing.assert_allclose([got.objective, got.proxy, got.gold], want, rtol=1e-10)
+    error = np.sqrt((5 / 6 * ((left_out - left_out.mean(1)[:, None]) ** 2).sum(1)).sum(0))[0] / 3
+    np.testing.assert_allclose(np.diff(got.interval), 2 * 1.959964 * error, rtol=1e-6)
+
+
+def test_one_sample_a_prompt_has_no_interval_and_no_better_policy():
+    got = optimum([[1.0], [3.0]], 0.5)
+    assert got.objective == got.proxy == 2.0
+    assert got.kl == 0
+    assert got.interval is None
+
+
+def test_share_of_gain():
+    assert share_of_gain(0.2, base=0.1, largest=0.3) == pytest.approx(0.5)
+    assert math.isnan(share_of_gain(0.2, base=0.3, largest=0.3))
+
+
 def test_optimum_survives_rewards_that_underflow():
-    got = optimum(np.array([[1e4, 0.0, -1e4]]), 0.01, samples=20)
+    got = optimum(np.array([[1e4, 0.0, -1e4]]), 0.01)
     assert math.isfinite(got.objective)
     assert got.effective_samples == pytest.approx(1)
 

@@ -53,6 +53,13 @@ def test_description_has_the_names_the_report_knows():
     assert got["completions/max_length"] == 4
     assert got["distinct_2"] == 0.5
     assert got["completions/eos_rate"] == 0.5
-    unknown = got.keys() - METRICS.keys()
-    assert unknown == {"completions/std_length", "completions/min_length"}
+    assert got.keys() <= METRICS.keys()
     assert tm.describe_completions(["a b"], lengths=[7])["completions/mean_length"] == 7
+
+
+def test_variety_is_counted_over_as_many_completions_as_asked():
+    texts = ["a b", "a b", "c d", "c d"]  # two of each prompt
+    assert tm.describe_completions(texts)["distinct_2"] == 0.5
+    first = tm.describe_completions(texts, variety=[0, 2])
+    assert first["distinct_2"] == 1.0
+    assert first["completions/mean_length"] == 2

@@ -115,6 +115,88 @@ def test_a_model_keeps_its_colour_from_plot_to_curve(world):
     assert len(set(trained)) == len(trained)
 
 
+@pytest.fixture
+def swept(tmp_path):
+    """Two runs of one stage, their evaluations under other names, and the base's samples."""
+
+    def curves(step):
+        same = {"loss": 1.0 / step, "nll": 1.0 / step, "nonfinite": 0.0, "kl": 0.1 * step}
+        return {**same, "reward/valence": float(step), "reward": float(step)}, None
+
+    folder = tmp_path / "swept"
+    for i, coef in enumerate((0.1, 0.05)):
+        run_folder(folder / f"ppo-{i}", "ppo", 5, {"rl": {"kl_coef": coef}}, curves)
+        change = Comparison("objective", "small", 0.1, 0.2, 0.1, (0.05, 0.15), 0.7, (0.6, 0.8), 64)
+        metrics = {"proxy": 0.25, "objective": 0.2 + i / 100, "objective/coef": coef, "kl": 0.5}
+        run_folder(folder / f"eval-{i}", "eval", 1, {}, lambda step: ({}, None))
+        write_results(
+            folder / f"eval-{i}",
+            [
+                EvalResult(
+                    model=str(folder / f"ppo-{i}"),
+                    label=f"PPO {coef:g}",
+                    metrics=metrics,
+                    comparisons=(change,),
+                )
+            ],
+        )
+    found = {"proxy": 0.1, "optimum/0.05": 0.32, "optimum/0.05/kl": 2.0, "optimum/0.05/proxy": 0.42}
+    run_folder(folder / "base", "eval", 1, {}, lambda step: ({}, None))
+    base = EvalResult(
+        model="small",
+        label="base",
+        is_baseline=True,
+        metrics=found,
+        intervals={"optimum/0.05": (0.3, 0.34)},
+        curve=(CurvePoint("best_of_n", "best of 2", 0.19, proxy=0.15, n=2),),
+    )
+    write_results(folder / "base", [base])
+    return [folder / name for name in ("ppo-0", "ppo-1", "eval-0", "eval-1", "base")]
+
+
+def test_the_share_of_the_possible_gain_is_stated(swept, tmp_path):
+    # (0.21 - 0.1) / (0.32 - 0.1); of 0.1 the base's samples say nothing
+    _, runs = read_runs(swept)
+    from jaxrlhf.report.models import find_models
+
+    models = {m.label: m.result for m in find_models(runs)}
+    assert models["PPO 0.05"].metrics["objective/share_of_gain"] == pytest.approx(0.5)
+    assert models["PPO 0.05"].metrics["objective/optimum"] == 0.32
+    assert "objective/share_of_gain" not in models["PPO 0.1"].metrics
+    text = page(write_report(swept, tmp_path / "report.html")).text
+    assert "share of the possible gain" in text
+    assert "50.0 %" in text
+    assert "best of 2 0.190 – 0.150" in text
+    assert "the optimum at coefficient 0.05 2.00 0.320 0.300 to 0.340 0.420" in text
+
+
+def test_a_run_has_the_colour_and_the_name_of_the_model_that_came_of_it(swept, tmp_path):
+    from jaxrlhf.report.models import find_models, run_colours
+
+    _, runs = read_runs(swept)
+    models = {m.label: m for m in find_models(runs)}
+    colours = run_colours(runs, list(models.values()))
+    assert colours["ppo-0"] == models["PPO 0.1"].colour != models["PPO 0.05"].colour
+    assert colours["ppo-1"] == models["PPO 0.05"].colour
+    assert "PPO 0.1 (ppo-0)" in page(write_report(swept, tmp_path / "report.html")).text
+
+
+def test_a_curve_is_drawn_once(swept):
+    from jaxrlhf.report.curves import learning_curves
+    from jaxrlhf.report.html import h, render
+    from jaxrlhf.report.models import find_models
+
+    _, runs = read_runs(swept)
+    drawn = render(h("div", learning_curves(runs, find_models(runs)))).decode()
+    shown = drawn.split("<table")[0]  # the final figures have them all
+    assert ">loss" in shown
+    assert "nll" not in shown
+    assert "reward/valence" in shown
+    assert ">reward<" not in shown
+    assert "nonfinite" in drawn
+    assert "nonfinite" not in shown.split("<details")[0]
+
+
 def test_the_same_runs_give_the_same_bytes(world, tmp_path):
     first = write_report([world], tmp_path / "a.html").read_bytes()
     assert write_report([world], tmp_path / "b.html").read_bytes() == first
