@@ -57,6 +57,12 @@ def _pill(run: Run) -> Element:
     return h("span", run.status, cls=f"pill {tone}")
 
 
+def _bend(x: float, y: float, to: float) -> str:
+    """From (x, y) through the gap between two columns to another height."""
+    middle, end = x + GAP_X / 2, x + GAP_X
+    return f"C{middle} {y:.1f} {middle} {to:.1f} {end} {to:.1f}"
+
+
 def _drawing(runs: list[Run]) -> Element:
     # An evaluation at the end of a branch says nothing here that its model does not.
     feeds = {p for run in runs for p in run.parents}
@@ -75,6 +81,11 @@ def _drawing(runs: list[Run]) -> Element:
         top = (height - len(column) * (TALL + GAP_Y) + GAP_Y) / 2
         for y, run in enumerate(column):
             place[run.name] = (1 + x * (WIDE + GAP_X), top + y * (TALL + GAP_Y))
+    far = any(
+        depth[run.name] - depth.get(p, depth[run.name]) > 1 for run in runs for p in run.parents
+    )
+    lane = height + GAP_Y / 2  # below all boxes, for what skips a column
+    height += GAP_Y if far else 0
     svg = h(
         "svg", viewBox=f"0 0 {width} {height:.0f}", width=width, height=f"{height:.0f}",
         role="img", aria_label="stages and what fed them", cls="dag",
@@ -85,9 +96,11 @@ def _drawing(runs: list[Run]) -> Element:
             if parent in place and depth[parent] < depth[run.name]:
                 x0, y0 = place[parent]
                 x0, y0, y = x0 + WIDE, y0 + TALL / 2, y1 + TALL / 2
-                bend = x1 - GAP_X / 2
-                curve = f"M{x0} {y0:.1f}C{bend} {y0:.1f} {bend} {y:.1f} {x1} {y:.1f}"
-                svg.append(h("path", d=curve, cls="edge"))
+                path = f"M{x0} {y0:.1f}"
+                if depth[run.name] - depth[parent] > 1:
+                    path += _bend(x0, y0, lane) + f"H{x1 - GAP_X}"
+                    x0, y0 = x1 - GAP_X, lane
+                svg.append(h("path", d=path + _bend(x0, y0, y), cls="edge"))
     for run in runs:
         x, y = place[run.name]
         kind = "done" if run.finished else "open"

@@ -139,7 +139,7 @@ def read_run(folder: Path, name: str) -> Run:
     if notes != "not there" or not results:
         missing += [f"metrics.jsonl: {notes}"] if notes else []
     samples, notes = _jsonl(folder / "samples.jsonl")
-    if notes and notes != "not there":
+    if notes not in ("", "not there", "empty"):  # not every stage writes samples
         missing.append(f"samples.jsonl: {notes}")
 
     stage = str(summary.get("stage") or config.get("stage") or ("eval" if results else ""))

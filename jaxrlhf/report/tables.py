@@ -111,14 +111,13 @@ def settings(runs: list[Run], models: list[Model]) -> list[Element]:
             stages.setdefault(run.stage or "run", []).append(run)
     for stage, group in stages.items():
         if (table := _differences(group)) is not None:
-            elements.append(
-                h(
-                    "div",
-                    h("h3", f"{stage}: settings that differ"),
-                    h("div", table, cls="scroll"),
-                    cls="card tiles-after",
-                )
-            )
+            scroll = h("div", table, cls="scroll")
+            title = f"{stage}: settings that differ"
+            if len(group) > WIDEST:
+                inside = [h("details", h("summary", f"{title}, {len(group)} runs"), scroll)]
+            else:
+                inside = [h("h3", title), scroll]
+            elements.append(h("div", inside, cls="card tiles-after"))
     whole = [
         h("details", h("summary", run.name), h("pre", run.config_text[:20_000]))
         for run in runs
@@ -139,6 +138,23 @@ def _text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
+WIDEST = 5  # runs side by side that are read without scrolling
+
+
+def _setting(value: Any) -> str:
+    """A setting for a narrow column: places by the end of their path, lists without brackets."""
+    if isinstance(value, list):
+        return ", ".join(map(_setting, value)) or "none"
+    if isinstance(value, dict):
+        kept = {k: v for k, v in value.items() if v not in (None, {}, [])}
+        if set(kept) <= {"source", "weight"} and kept.get("weight", 1) == 1:
+            return _setting(kept.get("source"))
+        return ", ".join(f"{k} {_setting(v)}" for k, v in kept.items())
+    text = _text(value)
+    parts = text.split("/")
+    return text if len(text) <= 24 or len(parts) < 3 else "…/" + "/".join(parts[-2:])
+
+
 def _differences(group: list[Run]) -> Element | None:
     absent = object()
     keys = list(dict.fromkeys(key for run in group for key in run.config))
@@ -152,7 +168,10 @@ def _differences(group: list[Run]) -> Element | None:
         h(
             "tr",
             h("th", h("code", key), scope="row", cls="pin"),
-            [h("td", _text(r.config[key]) if key in r.config else "–", cls="num") for r in group],
+            [
+                h("td", _setting(r.config[key]) if key in r.config else "–", cls="num")
+                for r in group
+            ],
         )
         for key in differ[:40]
     ]

@@ -2,6 +2,7 @@
 """The headline: what got better, by how much, how sure that is, and what speaks against it."""
 
 import math
+from pathlib import Path
 
 from jaxrlhf.evaluation.goodhart import overoptimised
 from jaxrlhf.evaluation.results import Comparison, Interval, Metric
@@ -49,10 +50,13 @@ def _policies(metric: str, models: list[Model]) -> list[Element]:
     best, change = max(sortable, key=lambda x: sign * x[1].delta)
     word = direction(change, info)
     what = info.title
+    base = next((m for m in models if m.result.is_baseline), None)
+    known = base is not None and Path(base.result.model).name == change.baseline
+    than = base.label if base is not None and known else change.baseline
     text = {
-        "better": f"{best.label} is better than {change.baseline}",
-        "worse": f"No model is better than {change.baseline}",
-        "unclear": f"No clear difference from {change.baseline} yet",
+        "better": f"{best.label} is better than {than}",
+        "worse": f"No model is better than {than}",
+        "unclear": f"No clear difference from {than} yet",
     }[word]
     level = f"{100 * best.result.level:.0f} %"
     lead = [
@@ -79,7 +83,7 @@ def _policies(metric: str, models: list[Model]) -> list[Element]:
             "little about quality."
         )
     elements = [h("h1", text), h("p", "".join(lead), cls="lead")]
-    elements.append(_tiles(best, change, info, word, models))
+    elements.append(_tiles(best, change, info, word, than, models))
     elements.append(_forest(metric, info, models))
     if notices := _alarms(models):
         elements.append(h("div", notices, cls="alarms"))
@@ -96,11 +100,13 @@ def direction(change: Comparison, info: Metric) -> str:
     return "worse" if high < 0 else "unclear"
 
 
-def _tiles(best: Model, change: Comparison, info: Metric, word: str, models: list[Model]):
+def _tiles(
+    best: Model, change: Comparison, info: Metric, word: str, than: str, models: list[Model]
+):
     tone = {"better": "good", "worse": "bad", "unclear": ""}[word]
     tiles = [_tile(_signed(change.delta, info), f"{info.title}, {best.label}", tone)]
     if change.win_rate is not None:
-        tiles.append(_tile(f"{100 * change.win_rate:.0f} %", f"win rate against {change.baseline}"))
+        tiles.append(_tile(f"{100 * change.win_rate:.0f} %", f"win rate against {than}"))
     if (kl := best.result.metrics.get("kl")) is not None:
         tiles.append(_tile(number(kl), "nats of KL from the reference"))
     reward = next((m for m in models if m.result.calibration), None)
