@@ -4,7 +4,7 @@
 import math
 import re
 
-from jaxrlhf.evaluation.results import CurvePoint
+from jaxrlhf.evaluation.results import METRICS, CurvePoint
 from jaxrlhf.report.chart import Line, Point, chart, number, swatch, thin_out
 from jaxrlhf.report.html import Element, h
 from jaxrlhf.report.models import Model, judged_runs, metric_info, own_point, run_colours
@@ -204,11 +204,23 @@ def _told_elsewhere(name: str, names: list[str], group: list[Run]) -> bool:
     own = _lines(name, group)
     for other in names:
         lines = _lines(other, group)
-        if other == name or any(lines.get(key) != points for key, points in own.items()):
+        if other == name or any(not _same(lines.get(key), own[key]) for key in own):
             continue
         if len(lines) > len(own) or names.index(other) < names.index(name):
             return True
     return False
+
+
+def _same(a: list | None, b: list) -> bool:
+    """Whether two lines would be drawn on each other: equal but for rounding."""
+    return (
+        a is not None
+        and len(a) == len(b)
+        and all(
+            x == u and (y == v or math.isclose(y, v, rel_tol=1e-4) or (y != y and v != v))
+            for (x, y), (u, v) in zip(a, b, strict=True)
+        )
+    )
 
 
 def _constant(name: str, group: list[Run]) -> bool:
@@ -270,10 +282,13 @@ def _panel(name: str, stage: str, group: list[Run], colours: dict[str, str]) -> 
     if finite and max(finite) == min(finite) and len(finite) > 2:
         # A constant needs no picture.
         return h(
-            "div", h("h3", name), h("p", f"{number(finite[0])} throughout", cls="small"), cls="card"
+            "div",
+            h("h3", metric_info(name, []).title),
+            h("p", f"{number(finite[0])} throughout", cls="small"),
+            cls="card",
         )
     info = metric_info(name, [])
     unit = f" [{info.unit}]" if info.unit else ""
-    title = (info.title if name == info.title or "/" not in name else name) + unit
+    title = (info.title if name in METRICS or "/" not in name else name) + unit
     picture = chart(lines, x_label=STEPS.get(stage, "step"), y_label=title)
     return h("div", picture, cls="card")

@@ -5,7 +5,7 @@ from jaxrlhf.report.chart import number
 from jaxrlhf.report.html import Element, h
 from jaxrlhf.report.read import Run, content_of, steps_of
 
-WIDE, TALL, GAP_X, GAP_Y = 168, 44, 46, 14
+WIDE, TALL, GAP_X, GAP_Y, LANE = 168, 44, 46, 14, 10
 
 
 def lineage(runs: list[Run], models: list) -> list[Element]:
@@ -31,7 +31,7 @@ def lineage(runs: list[Run], models: list) -> list[Element]:
                 h("td", steps, cls="num"),
                 h("td", duration(run.seconds), cls="num"),
                 h("td", ", ".join(run.parents) or "–"),
-                h("td", h("code", digest[:12] or "–")),
+                h("td", h("code", digest[:12] or "–"), cls="num"),
             )
         )
     titles = [h("th", t, cls="num" if t in ("steps", "time") else None) for t in head]
@@ -81,11 +81,10 @@ def _drawing(runs: list[Run]) -> Element:
         top = (height - len(column) * (TALL + GAP_Y) + GAP_Y) / 2
         for y, run in enumerate(column):
             place[run.name] = (1 + x * (WIDE + GAP_X), top + y * (TALL + GAP_Y))
-    far = any(
-        depth[run.name] - depth.get(p, depth[run.name]) > 1 for run in runs for p in run.parents
-    )
-    lane = height + GAP_Y / 2  # below all boxes, for what skips a column
-    height += GAP_Y if far else 0
+    # What skips a column goes below all boxes, in a lane of its own for each stage it comes from.
+    far = (p for r in runs for p in r.parents if depth[r.name] - depth.get(p, depth[r.name]) > 1)
+    lanes = {name: height + LANE * (i + 1) for i, name in enumerate(dict.fromkeys(far))}
+    height += LANE * (len(lanes) + 1) if lanes else 0
     svg = h(
         "svg", viewBox=f"0 0 {width} {height:.0f}", width=width, height=f"{height:.0f}",
         role="img", aria_label="stages and what fed them", cls="dag",
@@ -98,8 +97,8 @@ def _drawing(runs: list[Run]) -> Element:
                 x0, y0, y = x0 + WIDE, y0 + TALL / 2, y1 + TALL / 2
                 path = f"M{x0} {y0:.1f}"
                 if depth[run.name] - depth[parent] > 1:
-                    path += _bend(x0, y0, lane) + f"H{x1 - GAP_X}"
-                    x0, y0 = x1 - GAP_X, lane
+                    path += _bend(x0, y0, lanes[parent]) + f"H{x1 - GAP_X}"
+                    x0, y0 = x1 - GAP_X, lanes[parent]
                 svg.append(h("path", d=path + _bend(x0, y0, y), cls="edge"))
     for run in runs:
         x, y = place[run.name]
