@@ -46,6 +46,7 @@ from jaxrlhf.models.tensor_files import (
 from jaxrlhf.models.transformer import abstract_params
 
 Params = dict[str, Any]
+GENERATION = "generation_config.json"
 KINDS = ("lm", "reward")
 KIND_NAMES = {"lm": "a language model", "reward": "a reward model (sequence classification)"}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -84,6 +85,19 @@ def read_hf_config(folder: str | os.PathLike) -> dict[str, Any]:
     raise ModelError(
         f"{folder} is no model folder: no config.json (it holds: {inside or 'nothing'})"
     )
+
+
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json of a model's or an adapter's folder, {} if there is none."""
+    path = folder / GENERATION
+    return read_json(path) if path.is_file() else {}
+
+
+def generation_config(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json of a config.json's token ids."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id")
+    ids = {name: hf[name] for name in names if hf.get(name) is not None}
+    return {"_from_model_config": True, **ids}
 
 
 def _get(tree: Mapping[str, Any], path: str) -> Any:
@@ -329,9 +343,7 @@ def load_hf(
                 put(params, f"{home}/{own}", value)
     finally:
         files.close()
-    generation = folder / "generation_config.json"
-    more = read_json(generation) if generation.is_file() else {}
-    return LoadedModel(params, config, found, hf, more)
+    return LoadedModel(params, config, found, hf, read_generation_config(folder))
 
 
 def _drop_tied_copy(
@@ -495,7 +507,6 @@ def save_hf(
     kind: str = "lm",
     pad_token_id: int | None = None,
     hf_config: Mapping[str, Any] | None = None,
-    generation_config: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     model_card: str | None = None,
@@ -511,7 +522,6 @@ def save_hf(
         pad_token_id: for reward models an id that never occurs as a real token; transformers takes
             the score at the last other one. Default: that of `hf_config`.
         hf_config: the config.json the model came with; its token ids and names are carried over.
-        generation_config: written as it is; by default made of the token ids.
         dtype: what to store; None keeps each parameter's own, which makes reading it lossless.
         model_card: text of README.md, if given.
 
@@ -552,16 +562,8 @@ def save_hf(
     try:
         write_tensors(folder, tensors, max_shard_bytes=max_shard_bytes, writer=writer)
         if writer:
-            ids = {
-                key: written[key]
-                for key in ("bos_token_id", "eos_token_id", "pad_token_id")
-                if written.get(key) is not None
-            }
             if kind == "lm":
-                generation = {"_from_model_config": True, **ids}
-                if generation_config is not None:
-                    generation = dict(generation_config)
-                write_json(folder / "generation_config.json", generation)
+                write_json(folder / GENERATION, generation_config(written))
             if model_card is not None:
                 write_text(folder / "README.md", model_card)
             write_json(folder / "config.json", written)

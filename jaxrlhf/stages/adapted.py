@@ -32,10 +32,12 @@ from jaxrlhf.stages.models import (
     Adapted,
     Kind,
     Model,
+    base_of,
     copy_params,
     open_model,
     param_shardings,
     refuse_whole,
+    stand_on,
     trunk,
 )
 from jaxrlhf.train.digest import content_digest
@@ -89,9 +91,7 @@ def open_trained(
         refuse_whole(adapter, f"model.quantize = {section.quantize}: model.adapter")
     if model.adapted is not None:
         return _continued(model, adapter, section)
-    base = Adapted(
-        adapter, model.source, model.home, model.params, fresh=True, quantized=section.quantize
-    )
+    base = stand_on(model, adapter, fresh=True, quantized=section.quantize)
     key, text = jax.random.fold_in(key, 1), start_text(section.adapter, model)
     return with_adapter(model, base, section.param_dtype, key, mesh, text)
 
@@ -267,8 +267,7 @@ def critic_of(
         return dataclasses.replace(model, adapted=adapted), trunk(params)
     spec = dataclasses.replace(spec_of(section.adapter), modules_to_save=())
     adapter = resolve(spec, model.config)
-    base = model.params if model.adapted is None else model.adapted.params
-    adapted = Adapted(adapter, model.source, model.home, base, fresh=True)
+    adapted = stand_on(base_of(model), adapter, fresh=True)
     text = start_text(section.adapter, model)
     model = with_adapter(model, adapted, section.param_dtype, key, mesh, text)
     return model, trunk(model.params)
@@ -293,6 +292,7 @@ def write_adapter(
     adapted: Adapted,
     config: ModelConfig,
     kind: str,
+    hf_config: dict[str, Any],
     card: str | None = None,
 ) -> None:
     """Writes the PEFT folder of a whole tree and reads it back: the same bits, or ModelError."""
@@ -305,6 +305,7 @@ def write_adapter(
         base=adapted.named(),
         base_content=adapted.content(),
         base_quantized=adapted.quantized,
+        hf_config=hf_config,
         model_card=card,
     )
     if jax.process_count() == 1:

@@ -56,7 +56,9 @@ def _write(config: ExportConfig, model: Model, folder: Path, pad: int | None) ->
     checks, note, whole = [], None, model
     if config.format == "peft":
         assert model.adapted is not None
-        write_adapter(folder, model.params, model.adapted, model.config, model.kind)
+        write_adapter(
+            folder, model.params, model.adapted, model.config, model.kind, model.hf_config
+        )
     else:
         if model.adapted is not None or is_quantized(model.params):
             whole, note = merged(model, config.model.param_dtype), merged_note(model)

@@ -37,7 +37,12 @@ from jaxrlhf.models.quantization import cast, is_projection, is_quantized, quant
 from jaxrlhf.models.resize import enlarge_vocabulary
 from jaxrlhf.models.tensor_files import weights_digest
 from jaxrlhf.models.transformer import abstract_params, init_params, logical_axes
-from jaxrlhf.models.weights import KIND_NAMES, load_hf, read_hf_config
+from jaxrlhf.models.weights import (
+    KIND_NAMES,
+    load_hf,
+    read_generation_config,
+    read_hf_config,
+)
 from jaxrlhf.parallel.rules import shardings
 from jaxrlhf.stages.lineage import check_weights
 from jaxrlhf.train.checkpoint import Checkpoints
@@ -52,14 +57,17 @@ class Adapted:
     """How a model stands on a base: which adapter, and the base's own tree (the same arrays).
 
     `base` is what the user wrote, `home` the HF folder of its weights, if they are from one;
-    `fresh` where the adapter is new and changes nothing yet; `quantized` how the base is, or was,
-    stored where the adapter trains (model.quantize).
+    `tokenizer` and `hf_config` are the base's own; `fresh` where the adapter is new and changes
+    nothing yet; `quantized` how the base is, or was, stored where the adapter trains
+    (model.quantize).
     """
 
     adapter: Adapter
     base: str
     home: Path | None
     params: Params
+    tokenizer: Any
+    hf_config: dict[str, Any]
     fresh: bool = False
     quantized: str | None = None
 
@@ -78,7 +86,9 @@ class Adapted:
 class Model:
     """A model ready to use: parameters on the mesh and all that is needed to run and save it.
 
-    `stop_ids` are the tokens that end a text for this model; `source` is what the user wrote.
+    `source` is what the user wrote. `hf_config` is config.json as it was, but for `eos_token_id`:
+    that has every token that ends a text for this model, those too that only
+    generation_config.json knows.
     """
 
     params: Params
@@ -88,7 +98,6 @@ class Model:
     tokenizer: Any
     source: str
     hf_config: dict[str, Any]
-    stop_ids: tuple[int, ...]
     home: Path | None = None  # the HF folder the weights are from, if they are from one
     adapted: Adapted | None = None
     only: Only | None = None  # which of its own parameters train; None = all
@@ -96,6 +105,45 @@ class Model:
     def axes(self) -> Params:
         """The logical axis names of every parameter."""
         return axes_of(self.params, self.config)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """The tokens that end a text for this model: its own, else the tokenizer's EOS."""
+        ends = self.hf_config.get("eos_token_id")
+        ends = self.tokenizer.eos_token_id if ends is None else ends
+        return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+
+def stand_on(
+    base: Model, adapter: Adapter, *, fresh: bool = False, quantized: str | None = None
+) -> Adapted:
+    """How an adapter stands on an open base."""
+    return Adapted(
+        adapter,
+        base.source,
+        base.home,
+        base.params,
+        base.tokenizer,
+        base.hf_config,
+        fresh=fresh,
+        quantized=quantized,
+    )
+
+
+def base_of(model: Model) -> Model:
+    """The base that a model with an adapter stands on (the same arrays), else the model itself."""
+    under = model.adapted
+    if under is None:
+        return model
+    return dataclasses.replace(
+        model,
+        params=under.params,
+        tokenizer=under.tokenizer,
+        source=under.base,
+        hf_config=under.hf_config,
+        home=under.home,
+        adapted=None,
+    )
 
 
 def axes_of(params: Params, config: ModelConfig) -> Params:
@@ -208,12 +256,11 @@ def open_model(
         where, _ = shardings(axes, shapes, mesh)
         loaded = load_hf(home, kind=kind, dtype=dtype, shardings=where, quantize=section.quantize)
         params, found = loaded.params, loaded.kind
-        ends = loaded.generation_config.get("eos_token_id", hf.get("eos_token_id"))
+        hf = _with_ends(hf, loaded.generation_config)
     else:
         home = run / "tokenizer"
         params, config, found, hf = _from_checkpoint(run, dtype, section.quantize)
         params = jax.device_put(params, param_shardings(params, config, mesh))
-        ends = hf.get("eos_token_id")
     if kind is not None and found != kind:
         raise ModelError(f"{source} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
     own = section.tokenizer if path is None else None
@@ -230,7 +277,6 @@ def open_model(
         tokenizer=tokenizer,
         source=source,
         hf_config=hf,
-        stop_ids=_ids(ends, tokenizer),
         home=weights_home,
     )
 
@@ -256,7 +302,13 @@ def _with_tokens(
     return params, config
 
 
-def _base_of(
+def _with_ends(hf: dict[str, Any], said: dict[str, Any]) -> dict[str, Any]:
+    """config.json with the tokens that end a text as another file has them, if it has any."""
+    ends = said.get("eos_token_id")
+    return hf if ends is None else {**hf, "eos_token_id": ends}
+
+
+def _open_base(
     section: ModelSection,
     mesh: Mesh,
     source: str,
@@ -270,11 +322,8 @@ def _base_of(
         raise ModelError(
             f"{source} is an adapter and names no base (base_model_name_or_path): give model.base"
         )
-    theirs = share.adapted if share is not None else None
-    if share is not None and theirs is not None and _same_place(base, theirs):
-        return dataclasses.replace(
-            share, params=theirs.params, adapted=None, home=theirs.home, source=theirs.base
-        )
+    if share is not None and share.adapted is not None and _same_place(base, share.adapted):
+        return base_of(share)
     try:
         model = open_model(section, mesh, path=base, frozen=True)
     except ModelError as error:
@@ -306,7 +355,7 @@ def _open_adapter(
 ) -> Model:
     """A PEFT folder: its base, with the adapter's leaves beside it."""
     named = read_adapter_config(home).get("base_model_name_or_path")
-    base = _base_of(section, mesh, source, named, own, share)
+    base = _open_base(section, mesh, source, named, own, share)
     return _adapter_on(section, mesh, source, base, home, kind, own)
 
 
@@ -324,12 +373,7 @@ def another_adapter(section: ModelSection, mesh: Mesh, source: str, model: Model
             f"{source} is no adapter: {home} holds no adapter_config.json; a model of its own is "
             "opened on its own"
         )
-    theirs = model.adapted
-    if theirs is not None:
-        model = dataclasses.replace(
-            model, params=theirs.params, adapted=None, home=theirs.home, source=theirs.base
-        )
-    return _adapter_on(section, mesh, source, model, home, None, False)
+    return _adapter_on(section, mesh, source, base_of(model), home, None, False)
 
 
 def _adapter_on(
@@ -342,9 +386,7 @@ def _adapter_on(
     own: bool,
 ) -> Model:
     loaded = load_adapter(home, base.config, base.params, kind=kind, dtype=section.dtype)
-    adapted = Adapted(
-        loaded.adapter, base.source, base.home, base.params, quantized=loaded.base_quantized
-    )
+    adapted = stand_on(base, loaded.adapter, quantized=loaded.base_quantized)
     content = adapted.content() if loaded.base_content else None
     if content is not None and content != loaded.base_content:
         raise ModelError(
@@ -352,7 +394,10 @@ def _adapter_on(
             f"{content[:12]}, that of its base {str(loaded.base_content)[:12]}; give its own base "
             "as model.base"
         )
-    return _on_base(section, mesh, source, base, adapted, loaded.leaves, loaded.kind, home, own)
+    base = dataclasses.replace(
+        base, kind=loaded.kind, hf_config=_with_ends(base.hf_config, read_generation_config(home))
+    )
+    return _on_base(section, mesh, source, base, adapted, loaded.leaves, home, own)
 
 
 def _resumable_adapter(
@@ -367,16 +412,17 @@ def _resumable_adapter(
 ) -> Model:
     """The adapter of a run that has not been exported yet, from its newest checkpoint."""
     named = said["base_model_name_or_path"]
-    base = _base_of(section, mesh, source, named, own, share)
-    trained, config, found, _ = _from_checkpoint(run, section.dtype)
+    base = _open_base(section, mesh, source, named, own, share)
+    trained, config, found, hf = _from_checkpoint(run, section.dtype)
     if kind is not None and found != kind:
         raise ModelError(f"{source} is {KIND_NAMES[found]}; {KIND_NAMES[kind]} is needed here")
     adapter = adapter_of(said, config, found, str(run))
     trained = {key: value for key, value in trained.items() if key != "value"}
     quantized = _meta_of_checkpoint(run).get("quantized")
-    adapted = Adapted(adapter, base.source, base.home, base.params, quantized=quantized)
+    adapted = stand_on(base, adapter, quantized=quantized)
     leaves = join(trained, adapter.constants())
-    return _on_base(section, mesh, source, base, adapted, leaves, found, run / "tokenizer", own)
+    base = dataclasses.replace(base, kind=found, hf_config=_with_ends(base.hf_config, hf))
+    return _on_base(section, mesh, source, base, adapted, leaves, run / "tokenizer", own)
 
 
 def _on_base(
@@ -386,12 +432,13 @@ def _on_base(
     base: Model,
     adapted: Adapted,
     leaves: Params,
-    kind: str,
     home: Path,
     own: bool,
 ) -> Model:
+    """An adapter's leaves beside its base's; `base` is of the kind and has the ends of the model
+    that results."""
     _check_quantized(section, source, adapted)
-    under = base.params if kind == "lm" else trunk(base.params)
+    under = base.params if base.kind == "lm" else trunk(base.params)
     params = adapted.adapter.on(under, leaves)
     where = param_shardings(params, base.config, mesh)
     given = section.tokenizer if own else None
@@ -405,11 +452,10 @@ def _on_base(
     if own:
         add_control_tokens(tokenizer, section.add_tokens)
     check_vocabulary(tokenizer, base.config.vocab_size)
-    assert kind in ("lm", "reward")
+    assert base.kind in ("lm", "reward")
     return dataclasses.replace(
         base,
         params=jax.device_put(params, where),
-        kind=kind,
         tokenizer=tokenizer,
         source=source,
         adapted=adapted,
@@ -488,14 +534,7 @@ def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str)
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     hf = {name: getattr(tokenizer, name) for name in names}
     runtime = make_runtime(section, config, mesh)
-    ends = _ids(None, tokenizer)
-    return Model(params, config, runtime, "lm", tokenizer, "fresh weights", hf, ends)
-
-
-def _ids(ends: int | list[int] | None, tokenizer: Any) -> tuple[int, ...]:
-    """The ids that end a text: the model's own, else the tokenizer's EOS."""
-    ends = tokenizer.eos_token_id if ends is None else ends
-    return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+    return Model(params, config, runtime, "lm", tokenizer, "fresh weights", hf)
 
 
 def is_run(folder: Path) -> bool:

@@ -204,7 +204,7 @@ class _Builder:
         }
 
     def ppo(self, config: PPOConfig) -> dict[str, Program]:
-        model = Model({}, self.architecture, self.runtime, "lm", None, "", {}, (0,))
+        model = Model({}, self.architecture, self.runtime, "lm", None, "", {"eos_token_id": 0})
         shared = config.rl.critic == "shared"
         separate = needs_values(config.rl.advantage) and not shared
         heads = ("lm", "value") if needs_values(config.rl.advantage) and shared else ("lm",)

@@ -391,7 +391,15 @@ def export(
     card = model_card(command, config, recipe, metrics)
     with whole_folder(folder) as partial:
         if recipe.adapted is not None:
-            write_adapter(partial, params, recipe.adapted, recipe.architecture, recipe.kind, card)
+            write_adapter(
+                partial,
+                params,
+                recipe.adapted,
+                recipe.architecture,
+                recipe.kind,
+                recipe.hf_config,
+                card,
+            )
         else:
             save_hf(
                 partial,

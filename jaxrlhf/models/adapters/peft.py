@@ -26,9 +26,11 @@ from jaxrlhf.models.adapters.spec import Adapter, Placed
 from jaxrlhf.models.adapters.trees import at, join, put
 from jaxrlhf.models.config import ModelConfig
 from jaxrlhf.models.weights import (
+    GENERATION,
     OutgoingTensor,
     TensorFiles,
     fetch,
+    generation_config,
     listed,
     read_json,
     write_json,
@@ -439,6 +441,7 @@ def save_adapter(
     base: str,
     base_content: str | None = None,
     base_quantized: str | None = None,
+    hf_config: Mapping[str, Any] | None = None,
     model_card: str | None = None,
 ) -> None:
     """Writes a PEFT folder: the adapter of a tree, and the modules trained whole with it.
@@ -451,6 +454,8 @@ def save_adapter(
         base: folder or hub name of the base, for adapter_config.json.
         base_content: digest of the base's weights, kept in the header of the tensors' file.
         base_quantized: how the base was quantized in training, kept there too.
+        hf_config: config.json of the language model that results. Its token ids are written beside
+            the adapter, where PEFT leaves them alone: its texts may end where its base's do not.
 
     Raises:
         ModelError: a value is not finite, or the disk refuses.
@@ -469,6 +474,8 @@ def save_adapter(
         if writer:
             if model_card is not None:
                 write_text(folder / "README.md", model_card)
+            if kind == "lm" and hf_config is not None:
+                write_json(folder / GENERATION, generation_config(hf_config))
             write_json(folder / CONFIG, adapter_config(adapter, config, kind=kind, base=base))
     except OSError as error:
         raise ModelError(f"{folder} cannot be written: {error}") from error
