@@ -32,7 +32,8 @@ class SamplingSection(Section):
     max_new_tokens: Positive = Field(default=128, description="longest completion, tokens")
     stop: Annotated[list[int | str], BeforeValidator(_stops)] | None = Field(
         default=None,
-        description="tokens or ids that end a completion; null = the model's EOS, [] = none",
+        description="tokens or ids that end a completion; null = the model's own and, of chats, "
+        "their template's end of turn; [] = none",
     )
     batch_size: Positive | None = Field(
         default=None,

@@ -84,6 +84,7 @@ class RowSet:
     tokens, completion_mask: [total]; row i is offsets[i]:offsets[i + 1].
     groups: rows with the same number (same prompt) never straddle a train/eval split.
     origins: `file:line` of each row, for `show` and errors.
+    templates: those that rendered its chats; none where there are only texts.
     """
 
     tokens: np.ndarray  # int32 [total]
@@ -95,6 +96,7 @@ class RowSet:
     parts: tuple[Part, ...]
     counts: Counts
     digest: str
+    templates: tuple[Template, ...]
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -154,6 +156,10 @@ class PairSet:
     def parts(self) -> tuple[Part, ...]:
         return self.chosen.parts
 
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        return self.chosen.templates
+
     def take(self, indices: Sequence[int] | np.ndarray) -> "PairSet":
         """The pairs of these indices."""
         indices = np.asarray(indices, np.int64)
@@ -181,6 +187,7 @@ class PromptSet:
     parts: tuple[Part, ...]
     counts: Counts
     digest: str
+    templates: tuple[Template, ...]  # those that rendered its chats
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -209,6 +216,7 @@ class PromptSet:
             _take_parts(self.parts, indices),
             _count(rows),
             _digest(self.digest, indices),
+            self.templates,
         )
 
 
@@ -319,6 +327,7 @@ class _Encoder:
         self.template_name = template
         self.max_length, self.truncation, self.append_eos = max_length, truncation, append_eos
         self.vocab_size = vocab_size
+        self.templates: tuple[Template, ...] = ()  # those that chats asked for
         self.truncated = 0
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
@@ -331,9 +340,13 @@ class _Encoder:
 
     def template(self, default: str | None) -> Callable[[], Template]:
         """Chosen when the first chat asks for it: plain text needs none."""
-        return functools.cache(
-            lambda: templates.choose_template(self.tokenizer, self.template_name, default=default)
-        )
+
+        def choose() -> Template:
+            found = templates.choose_template(self.tokenizer, self.template_name, default=default)
+            self.templates = tuple(dict.fromkeys((*self.templates, found)))
+            return found
+
+        return functools.cache(choose)
 
     def drop(self, reason: str, origin: object) -> None:
         self.dropped[reason] += 1
@@ -782,6 +795,7 @@ def encode_prompts(
         rows.parts,
         rows.counts,
         rows.digest,
+        rows.templates,
     )
 
 
@@ -903,6 +917,7 @@ class _Collected:
             parts=tuple(self.parts),
             counts=counts,
             digest=self.sha.hexdigest(),
+            templates=encoder.templates,
         )
 
 

@@ -131,11 +131,9 @@ def choose_template(
         DataError: no template at all, an unknown name, or one whose turn markers are no tokens of
             this tokenizer (as plain text anybody could write them, and a turn could be forged).
     """
-    own = tokenizer.chat_template
-    if isinstance(own, Mapping):
-        own = own.get("default") or next(iter(own.values()), None)
+    own = _own(tokenizer)
     if name is None and own:
-        return Template("tokenizer", own)
+        return own
     name = name or default
     if name is None:
         raise DataError(
@@ -145,7 +143,7 @@ def choose_template(
     if name in ("tokenizer", "own"):
         if not own:
             raise DataError("data.template=tokenizer, but the tokenizer has no chat template")
-        return Template("tokenizer", own)
+        return own
     if name not in TEMPLATES:
         raise DataError(
             f"data.template={name!r} is not known{nearest(name, TEMPLATES)}; "
@@ -162,6 +160,17 @@ def choose_template(
             f"model.add_tokens='[{', '.join(lacking)}]' model.resize_embeddings=true"
         )
     return template
+
+
+def _own(tokenizer: "PreTrainedTokenizerBase") -> Template | None:
+    """The tokenizer's own template; one of ours that it was given keeps its markers."""
+    source = tokenizer.chat_template
+    if isinstance(source, Mapping):
+        source = source.get("default") or next(iter(source.values()), None)
+    if not source:
+        return None
+    known = (template for template in TEMPLATES.values() if template.source == source)
+    return dataclasses.replace(next(known, Template("", source)), name="tokenizer")
 
 
 def stop_ids(tokenizer: "PreTrainedTokenizerBase", template: Template | None = None) -> list[int]:

@@ -193,11 +193,22 @@ def check_ids(ids: Iterable[int], vocab_size: int, where: object = "tokens") -> 
             )
 
 
+def ids_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """SHA-256 of what decides which ids a text becomes, and back: backend, special tokens."""
+    return _digest(_said(tokenizer))
+
+
 def tokenizer_digest(tokenizer: "PreTrainedTokenizerBase") -> str:
-    """SHA-256 of all that decides which ids a text becomes: backend, special tokens, template."""
-    state = _state(tokenizer)
-    state["special"] = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
-    state["template"] = tokenizer.chat_template
+    """SHA-256 of all that decides which ids a row becomes: as `ids_digest`, and the template."""
+    return _digest({**_said(tokenizer), "template": tokenizer.chat_template})
+
+
+def _said(tokenizer: "PreTrainedTokenizerBase") -> dict[str, Any]:
+    special = {k: str(v) for k, v in tokenizer.special_tokens_map.items()}
+    return {**_state(tokenizer), "special": special}
+
+
+def _digest(state: dict[str, Any]) -> str:
     text = json.dumps(state, sort_keys=True, ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

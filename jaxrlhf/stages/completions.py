@@ -15,7 +15,7 @@ from jaxrlhf.config.sampling import SamplingSection
 from jaxrlhf.data.batches import bucket
 from jaxrlhf.data.encode import PromptSet
 from jaxrlhf.data.formats import Turn
-from jaxrlhf.data.tokenizer import decode_continuation, encode_text, tokenizer_digest
+from jaxrlhf.data.tokenizer import decode_continuation, encode_text, ids_digest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.ops.masking import masked_sum
@@ -68,7 +68,7 @@ class Completions:
 
 
 def stop_ids(sampling: SamplingSection, model: Model) -> tuple[int, ...]:
-    """Ids that end a completion: those of the settings, else the model's own.
+    """Ids that end a completion: those of the settings, else the model's own (see `talking`).
 
     Raises:
         ConfigError: a stop text that is not a single token.
@@ -212,9 +212,9 @@ def _model_scorer(source: str, section: ModelSection, model: Model, mesh: Mesh) 
     judge = open_model(section, mesh, path=source, kind="reward", frozen=True, share=model)
     check_fits(
         "the policy",
-        tokenizer_digest(model.tokenizer),
+        ids_digest(model.tokenizer),
         f"reward {source}",
-        tokenizer_digest(judge.tokenizer),
+        ids_digest(judge.tokenizer),
     )
     program = jit(lambda params, rows: row_scores(params, judge.config, judge.runtime, rows), mesh)
     return lambda prompts, texts, columns, rows: to_host(program(judge.params, rows))

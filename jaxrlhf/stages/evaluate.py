@@ -18,7 +18,7 @@ from jaxrlhf.config.data import DataSection
 from jaxrlhf.config.stages import EvalConfig
 from jaxrlhf.data.encode import RowSet, encode_prompts
 from jaxrlhf.data.show import stage_of
-from jaxrlhf.data.tokenizer import decode, tokenizer_digest
+from jaxrlhf.data.tokenizer import decode, ids_digest
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.evaluation.alarms import find_alarms
 from jaxrlhf.evaluation.calibration import bag_of_words, correct, judge_pairs, reliability
@@ -49,6 +49,7 @@ from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.preference import make_logprobs
 from jaxrlhf.stages.reward import make_scorer
 from jaxrlhf.stages.rows import evaluation_batches, lm_rows, pair_rows, source_specs
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import check_fits, stage_key
 
 SEED = "eval"  # two models are sampled with the same keys: what differs is the models
@@ -227,6 +228,7 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
     key = stage_key(config.seed, SEED)
 
     def complete(who: Model) -> Completions:
+        who = talking(who, prompts.templates)
         completer = make_completer(who, config.sampling, mesh, batch_size=config.batch_size)
         return completer(who.params, prompts, n, key)
 
@@ -296,7 +298,7 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
 
 def _other(config: EvalConfig, place: str, model: Model, mesh: Mesh) -> Model:
     other = open_model(config.model, mesh, path=place, kind="lm", frozen=True)
-    check_fits("model", tokenizer_digest(model.tokenizer), place, tokenizer_digest(other.tokenizer))
+    check_fits("model", ids_digest(model.tokenizer), place, ids_digest(other.tokenizer))
     return other
 
 

@@ -14,6 +14,7 @@ from jaxrlhf.parallel.distributed import is_primary
 from jaxrlhf.stages.completions import Completions, make_completer
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.rows import source_specs
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
 
 
@@ -41,6 +42,7 @@ def completions_of(config: GenerateConfig, mesh: Mesh) -> Completions:
     """The completions that a configuration asks for."""
     model = open_model(config.model, mesh, kind="lm", frozen=True)
     prompts = prompts_of(config, model)
+    model = talking(model, prompts.templates)
     complete = make_completer(model, config.sampling, mesh)
     return complete(model.params, prompts, config.n, stage_key(config.seed, "generate"))
 

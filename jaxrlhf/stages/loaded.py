@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config.stages import GenerateConfig, ScoreConfig
 from jaxrlhf.data.encode import encode_lm
-from jaxrlhf.data.tokenizer import tokenizer_digest
+from jaxrlhf.data.tokenizer import ids_digest
 from jaxrlhf.errors import ModelError
 from jaxrlhf.models.weights import KIND_NAMES
 from jaxrlhf.parallel.rules import use_mesh
@@ -23,6 +23,7 @@ from jaxrlhf.stages.completions import make_completer
 from jaxrlhf.stages.generate import prompts_of
 from jaxrlhf.stages.models import Model, another_adapter, open_model
 from jaxrlhf.stages.score import make_scorer, score_rows
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
 
 
@@ -43,7 +44,7 @@ class LoadedModel:
         self.model = model
         self._config, self._mesh = config, mesh
         self._programs = {} if programs is None else programs
-        self._tokenizer = tokenizer_digest(model.tokenizer)
+        self._tokenizer = ids_digest(model.tokenizer)
 
     def with_adapter(self, source: str) -> "LoadedModel":
         """The base of this model with the adapter of a finished run or a PEFT folder on it. This
@@ -65,13 +66,14 @@ class LoadedModel:
         if self.model.kind != "lm":
             raise ModelError(f"{self.model.source} is {KIND_NAMES['reward']}: score with it")
         sampling = config.sampling
-        key = ("sample", self._tokenizer, self.model.stop_ids, sampling.model_dump_json())
         with use_mesh(self._mesh):
-            if key not in self._programs:
-                self._programs[key] = make_completer(self.model, sampling, self._mesh)
             prompts = prompts_of(config, self.model)
+            model = talking(self.model, prompts.templates)
+            key = ("sample", self._tokenizer, model.stop_ids, sampling.model_dump_json())
+            if key not in self._programs:
+                self._programs[key] = make_completer(model, sampling, self._mesh)
             random = stage_key(config.seed, "generate")
-            return self._programs[key](self.model.params, prompts, config.n, random).texts
+            return self._programs[key](model.params, prompts, config.n, random).texts
 
     def score(
         self, config: ScoreConfig, prompts: Sequence[str], completions: Sequence[str]

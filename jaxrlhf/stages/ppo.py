@@ -64,6 +64,7 @@ from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_mo
 from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
 from jaxrlhf.stages.rows import prompt_rows
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.train.signals import crash_point
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import LossFn, TrainStep
@@ -95,6 +96,7 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     prompts, held_out, notes = prompt_rows(
         config.data, policy, config.seed, max_new_tokens=new_tokens
     )
+    policy = talking(policy, prompts.templates)
     plan = config.train.batch_plan(row_shards(mesh))
     episodes, group = plan.batch_size, config.rl.samples_per_prompt
     batches = Batches(

@@ -18,7 +18,7 @@ from jaxrlhf.config.signatures import keywords, statistics
 from jaxrlhf.config.stages import DPOConfig
 from jaxrlhf.data.batches import Batches
 from jaxrlhf.data.encode import PairSet
-from jaxrlhf.data.tokenizer import tokenizer_digest
+from jaxrlhf.data.tokenizer import ids_digest
 from jaxrlhf.losses.preference import PREFERENCE_LOSSES
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.ops.masking import weighted_sum
@@ -32,6 +32,7 @@ from jaxrlhf.stages.pairs import completion_logprobs, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.reward import pair_metrics
 from jaxrlhf.stages.rows import evaluation_batches, pair_rows, training_batches
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import check_fits, offline
 from jaxrlhf.train.step import LossFn
 from jaxrlhf.types import PairBatch, Params
@@ -86,6 +87,7 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     model = open_policy(config, mesh, key)
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
+    model = talking(model, rows.templates)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     loss = PREFERENCE_LOSSES[config.loss.name]
     settings = keywords(loss, config.loss)
@@ -147,8 +149,8 @@ def reference_of(config: Any, model: Model, mesh: Mesh) -> Model:
     )
     check_fits(
         "model",
-        tokenizer_digest(model.tokenizer),
+        ids_digest(model.tokenizer),
         "reference",
-        tokenizer_digest(found.tokenizer),
+        ids_digest(found.tokenizer),
     )
     return found

@@ -28,6 +28,7 @@ from jaxrlhf.stages.models import Model, axes_of, new_head, trunk
 from jaxrlhf.stages.pairs import flat_rows, real_pairs, summed
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.rows import evaluation_batches, pair_rows, training_batches
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import offline
 from jaxrlhf.train.step import LossFn
 from jaxrlhf.types import PairBatch, Params
@@ -115,6 +116,7 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         params = {**trunk(params), "score": score}
     trained, frozen = halves(model, params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
+    model = talking(model, rows.templates)
     pairs_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, pairs_per_step, config.seed)
     loss = REWARD_LOSSES[config.loss.name]

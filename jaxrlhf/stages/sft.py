@@ -19,6 +19,7 @@ from jaxrlhf.parallel.rules import put_batch
 from jaxrlhf.stages.adapted import halves, open_policy
 from jaxrlhf.stages.recipe import Recipe
 from jaxrlhf.stages.rows import evaluation_batches, lm_rows, training_batches
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import offline
 from jaxrlhf.train.step import LossFn
 from jaxrlhf.types import LMBatch, Params
@@ -88,6 +89,7 @@ def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recip
     model = open_policy(config, mesh, key)
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = lm_rows(config.data, model, config.seed)
+    model = talking(model, rows.templates)
     rows_per_step = config.train.batch_plan(row_shards(mesh)).batch_size
     batches, steps = training_batches(rows, config.data, config.train, rows_per_step, config.seed)
     weights = make_weights(config.loss.weights, config.data.max_length)

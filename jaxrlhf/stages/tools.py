@@ -17,6 +17,7 @@ from jaxrlhf.config.stages import (
 from jaxrlhf.data import pairs
 from jaxrlhf.data.encode import encode_prompt
 from jaxrlhf.data.show import show
+from jaxrlhf.data.templates import choose_template
 from jaxrlhf.data.tokenizer import add_control_tokens, decode_continuation, load_tokenizer
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.report import write_report
@@ -24,6 +25,7 @@ from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.completions import stop_ids, without_stop
 from jaxrlhf.stages.models import open_model
 from jaxrlhf.stages.rows import source_specs
+from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
 
 
@@ -38,8 +40,11 @@ def report(config: ReportConfig, output: Path) -> tuple[dict[str, float], list[s
 def chat(config: ChatConfig, mesh: Mesh) -> None:
     """Reads lines from the terminal and answers; an empty line or end of input leaves."""
     model = open_model(config.model, mesh, kind="lm", frozen=True)
-    tokenizer, sampling = model.tokenizer, config.sampling
-    talks = config.template is not None or tokenizer.chat_template is not None
+    sampling = config.sampling
+    talks = config.template is not None or model.tokenizer.chat_template is not None
+    if talks:
+        model = talking(model, [choose_template(model.tokenizer, config.template)])
+    tokenizer = model.tokenizer
     sampler = make_sampler(
         model.config,
         model.runtime,

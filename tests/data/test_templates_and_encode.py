@@ -121,6 +121,21 @@ def test_headings_in_plain_words_cannot_be_forged(full, write):
         encode_lm(path, full, template="plain")
     rows = encode_lm(path, full, template="plain", on_bad_row="skip")
     assert (len(rows), rows.counts.dropped) == (1, {"bad rows": 1})
+    full.chat_template = TEMPLATES["plain"].source  # as a model trained with it has it
+    try:
+        with pytest.raises(DataError, match=r"a turn of role user .*'Assistant:'"):
+            encode_lm(path, full)
+    finally:
+        full.chat_template = None
+
+
+def test_rows_know_the_templates_that_rendered_them(full, write):
+    text, chat = {"prompt": "2 + 3?", "completion": " 5"}, {"messages": CHAT}
+    assert encode_lm(write(text), full, template="chatml").templates == ()
+    rows = encode_lm(write(chat, chat), full, template="chatml")
+    assert rows.templates == rows.take([1]).templates == (TEMPLATES["chatml"],)
+    prompts = encode_prompts(write(chat, chat), full, template="hh")
+    assert prompts.templates == prompts.take([0]).templates == (TEMPLATES["hh"],)
 
 
 def test_generation_marks_of_a_template_are_honoured(full, write):

@@ -16,6 +16,7 @@ from jaxrlhf.data.tokenizer import (
     decode,
     decode_continuation,
     encode_text,
+    ids_digest,
     load_tokenizer,
     tokenizer_digest,
 )
@@ -179,9 +180,11 @@ def test_digest_sees_tokens_and_template_only(stories, tmp_path):
     assert tokenizer_digest(load_tokenizer(tmp_path)) == before
     tokenizer.chat_template = "{{ messages }}"
     assert tokenizer_digest(tokenizer) != before
+    assert ids_digest(tokenizer) == ids_digest(load_tokenizer(stories)), "the ids are the same"
     tokenizer.chat_template = None
     tokenizer.add_tokens(["<new>"])
     assert tokenizer_digest(tokenizer) != before
+    assert ids_digest(tokenizer) != ids_digest(load_tokenizer(stories))
     assert len(codec(tokenizer).soft) == 1, "the codec is rebuilt"
 
 
