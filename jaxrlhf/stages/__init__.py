@@ -70,6 +70,8 @@ def run_stage(
     given = output or config.output_dir
 
     def folder() -> Path:
+        if given is None and dry_run:
+            return Path()  # a dry run makes nothing
         return Path(given) if given is not None else default_directory(command)
 
     if command in TRAINING:
@@ -84,6 +86,7 @@ def run_stage(
             allow_change=allow_change,
             dry_run=dry_run,
             stop_requested=stop_requested,
+            named=given is not None,
         )
     from jaxrlhf.stages.once import run_once
     from jaxrlhf.stages.training import StageResult

@@ -27,10 +27,42 @@ from jaxrlhf.train.lock import run_lock
 
 
 def default_directory(command: str) -> Path:
-    """runs/<stage>-<time>, where nobody said where; the time is the first process's."""
+    """runs/<stage>-<time>, where nobody said where; the time is the first process's.
+
+    The folder is made: of two runs that begin in one second, the later has a number behind it.
+
+    Raises:
+        JaxrlhfError: it cannot be made.
+    """
     with together():
-        now = time.localtime(from_primary(int(time.time())))
-    return Path("runs") / f"{command.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S', now)}"
+        seconds = from_primary(int(time.time()))
+        now = time.strftime("%Y%m%d-%H%M%S", time.localtime(seconds))
+        name = f"{command.replace(' ', '-')}-{now}"
+        number = from_primary(_make_new(Path("runs") / name) if is_primary() else 0)
+    return Path("runs") / _numbered(name, number)
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
+
+
+def _make_new(path: Path) -> int:
+    """Makes a folder that was not there, and returns its number."""
+    number = 1
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.with_name(_numbered(path.name, number)).mkdir()
+        except FileExistsError:
+            if not path.parent.is_dir():
+                raise JaxrlhfError(f"{path.parent} is no folder; give an --output") from None
+            number += 1
+        except OSError as error:
+            raise JaxrlhfError(
+                f"{path} cannot be made: {error.strerror}; give an --output"
+            ) from error
+        else:
+            return number
 
 
 @contextlib.contextmanager

@@ -105,6 +105,7 @@ def run_training(
     allow_change: Sequence[str] = (),
     dry_run: bool = False,
     stop_requested: Callable[[], bool] | None = None,
+    named: bool = True,
 ) -> StageResult:
     """Runs one training stage to its end, from wherever it stands.
 
@@ -115,6 +116,7 @@ def run_training(
             continue from.
         allow_change: settings that may differ from those the run began with.
         dry_run: stop before anything is computed or written.
+        named: somebody said where; otherwise the same call again would begin anew elsewhere.
     """
     with distributed.together(), use_mesh(make_mesh(**config.mesh.sizes)) as mesh:
         key = stage_key(config.seed, command)
@@ -125,12 +127,15 @@ def run_training(
             return StageResult(output, 0, {}, "dry run: nothing was computed")
         if resume == "auto":
             _check_resumable(command, config, output, allow_change)
+        again = "call it again" if named else f"the same command with --output {output}"
         with run_directory(output, config):
+            if distributed.is_primary():
+                print(f"{command}: in {output}", flush=True)
             lineage.record(output, config)
             recipe = build(config, mesh, key)
             _check_room(config, recipe)
             _describe(command, config, recipe, mesh)
-            return _run(command, config, recipe, mesh, output, resume, stop_requested)
+            return _run(command, config, recipe, mesh, output, resume, stop_requested, again)
 
 
 def _check_room(config: TrainingConfig, recipe: Recipe) -> None:
@@ -194,6 +199,7 @@ def _run(
     output: Path,
     resume: str,
     stop_requested: Callable[[], bool] | None,
+    again: str,
 ) -> StageResult:
     began = time.perf_counter()
     updates = recipe.steps * recipe.updates
@@ -279,6 +285,7 @@ def _run(
             stop_requested=stop_requested,
             stop_after_nonfinite=config.train.max_nonfinite,
             name=command,
+            again=again,
             show=recipe.show,
         )
     return _finish(command, config, recipe, checkpoints, outcome, weights_of, output, began)
@@ -367,6 +374,8 @@ def _finish(
         }
         write_json(output / "summary.json", {k: v for k, v in summary.items() if v is not None})
         print(f"{command}: peak memory {summary['peak_memory_bytes'] / 1e6:,.1f} MB", flush=True)
+        if outcome.exit_code == 0:
+            print(f"{command}: results in {output}", flush=True)
     distributed.barrier("summary")
     return StageResult(output, outcome.exit_code, metrics, outcome.message)
 

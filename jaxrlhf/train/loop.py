@@ -53,6 +53,7 @@ def train(
     stop_requested: Callable[[], bool] | None = None,
     stop_after_nonfinite: int = 5,
     name: str = "train",
+    again: str = "call it again",
     show: tuple[str, ...] = ("loss",),
 ) -> Outcome:
     """Runs units of work `start` to `steps`, logging, evaluating and saving on the way.
@@ -76,6 +77,7 @@ def train(
             pipeline passes its own (`signals.graceful_stop`), so that it knows too.
         stop_after_nonfinite: end after so many skipped updates in a row.
         name, show: how the progress line begins, and the metrics it shows first.
+        again: how a stopped run is continued.
 
     Returns:
         An Outcome. The state, when `reason` is "non-finite", is the last one that was finite.
@@ -165,7 +167,7 @@ def train(
     where = f"saved at step {kept[-1]}" if kept else "nothing was saved"
     message = {
         "done": f"{name}: {done} of {steps} steps done",
-        "stopped": f"{name}: stopped at step {done} of {steps}, {where}: resumable, call it again",
+        "stopped": f"{name}: stopped at step {done} of {steps}, {where}: resumable: {again}",
         "non-finite": (
             f"{name}: loss or gradient was not finite {bad} times in a row, up to step {done}; "
             f"those updates were skipped, {where}. Lower optim.learning_rate or optim.clip_norm, "
