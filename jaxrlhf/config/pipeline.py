@@ -14,13 +14,17 @@ Where a path can stand, `stage:NAME` is the run directory of an earlier stage an
 lists go in step); the repetitions are NAME[0], NAME[1]... in folders NAME-0, NAME-1..., and in a
 list `stage:NAME` stands for all of them. `for_each: {model: stage:NAME}` goes over them too.
 (Inside [...] and {...} YAML wants 'stage:NAME[0]' in quotes.)
+
+On the command line `NAME.key=value` changes the stage NAME, and `defaults.key=value` every stage that
+has such a key and does not set it. A key of for_each has its values there alone, so they are changed
+there: 'ppo.for_each.rl.kl_coef=[0.2]'.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -281,16 +285,18 @@ class _Planner:
         errors: list[str] = []
         parts = [entry, *(entry.data[LATER].data if LATER in entry.data else [])]
         for_each: dict[str, Value] = {}
-        tree = self._defaults_for(stage, section)
+        tree, overrides = self._defaults_for(stage, section), Value({}, "")
         for part in parts:
             own: dict[str, Value] = {}
             for key, value in part.data.items():
                 if key in ("name", "stage", LATER):
                     continue
                 if key == "for_each" and isinstance(value.data, dict):
-                    for_each.update(value.data)
+                    each = translate(value, stage, section, errors, self.note)
+                    for_each.update(each.data)
                 elif key.startswith("for_each."):
-                    for_each[key.removeprefix("for_each.")] = value
+                    each = Value({key.removeprefix("for_each."): value}, value.place)
+                    for_each.update(translate(each, stage, section, errors, self.note).data)
                 elif key == "for_each":
                     errors.append(f"for_each ({value.place}): expected {{key: [values]}}")
                 elif key == "output_dir":
@@ -301,16 +307,19 @@ class _Planner:
                 else:
                     own[key] = value
             renamed = translate(Value(own, part.place), stage, section, errors, self.note)
-            tree = merge(tree, settle(renamed, section, errors))
+            settled = settle(renamed, section, errors)
+            tree = merge(tree, settled)
+            if part is not entry:
+                overrides = merge(overrides, settled)
         if "seed" not in tree.data:
             tree = merge(tree, Value({"seed": Value(self.seed, "")}, ""))
 
         rounds = self._rounds(for_each, errors)
+        errors += _unread(name, for_each, overrides, section)
         for i, chosen in enumerate(rounds):
             repeated = tree
             if chosen:
-                renamed = translate(Value(dict(chosen), ""), stage, section, errors)
-                repeated = merge(tree, settle(renamed, section, errors))
+                repeated = merge(tree, settle(Value(dict(chosen), ""), section, errors))
             repeated = self._all_of_group(repeated, Shape("section", "", section=section))
             config = build(section, repeated, errors, self.second_pass)
             if config is None:
@@ -410,6 +419,33 @@ class _Planner:
             elif label in names:
                 found.append(label)
         return tuple(dict.fromkeys(found))
+
+
+def _unread(
+    name: str, for_each: dict[str, Value], overrides: Value, section: type[Section]
+) -> Iterator[str]:
+    """Overrides of a stage that each of its repetitions would replace: nobody would read them."""
+    leaves = _leaves(overrides)
+    for key, values in for_each.items():
+        for path in _leaves(settle(Value({key: values}, ""), section, [])):
+            if path in leaves:
+                value = leaves[path]
+                shown = value.text if value.text is not None else "..."
+                yield (
+                    f"{dotted(path)} ({value.place}): the values of {key} are those of for_each "
+                    f"({values.place}), and this one would be ignored; say "
+                    f"{name}.for_each.{key}=[{shown}] to have it instead of them"
+                )
+
+
+def _leaves(tree: Value, path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Value]:
+    """{path: value} of what is no mapping."""
+    if not isinstance(tree.data, dict):
+        return {path: tree}
+    found: dict[tuple[str, ...], Value] = {}
+    for key, value in tree.data.items():
+        found |= _leaves(value, (*path, key))
+    return found
 
 
 def _known(section: type[Section], key: str) -> bool:

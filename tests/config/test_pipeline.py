@@ -77,6 +77,22 @@ def test_overrides_change_one_stage_also_its_repetitions(file):
     assert stages["sweep[0]"].config.train.steps == 7
 
 
+def test_a_setting_that_for_each_replaces_is_refused_with_the_way_that_works(file):
+    said = errors_of(file, "sweep.rl.kl_coef=0.2", "judged.model=./m")
+    assert "sweep: rl.kl_coef (sweep.rl.kl_coef=0.2): the values of rl.kl_coef are those" in said
+    assert "say sweep.for_each.rl.kl_coef=[0.2] to have it" in said
+    assert "say judged.for_each.model=[./m]" in said
+    plan, stages = plan_of(file, "sweep.for_each.rl.kl_coef=[0.2]")
+    assert [s.name for s in plan.stages if s.group == "sweep"] == ["sweep[0]"]
+    assert stages["sweep[0]"].config.rl.kl_coef == 0.2
+    # TRL's name is the same key; a value that all stages share is none of the stage's own.
+    _, stages = plan_of(file, "sweep.for_each.beta=[0.3, 0.4]", "defaults.rl.kl_coef=1")
+    assert [stages[f"sweep[{i}]"].values for i in (0, 1)] == [
+        {"rl.kl_coef": 0.3},
+        {"rl.kl_coef": 0.4},
+    ]
+
+
 def test_a_later_file_changes_stages_by_name_and_appends_others(file, tmp_path):
     later = tmp_path / "more.yaml"
     later.write_text(
