@@ -570,7 +570,10 @@ def _lm_pieces(
     if example.kind == "messages":
         chat = example.completion
         assert not isinstance(chat, str)
-        if not any(m["role"] == "assistant" and str(m["content"]).strip() for m in chat):
+        replies = [m for m in chat if m["role"] == "assistant"]
+        if not replies:
+            raise sources.RowError(f"{example.origin}: no assistant turn: nothing to train on")
+        if not any(str(m["content"]).strip() for m in replies):
             raise _Dropped("empty completion")
         return _Pieces(templates.render(template(), chat, tokenizer, tools=example.tools), eos=True)
     if example.kind in ("prompt_completion", "preference"):
@@ -740,7 +743,8 @@ def encode_prompts(
     vocab_size: int | None = None,
     seed: int = 0,
 ) -> PromptSet:
-    """Prompts to sample from: of any format that has a prompt; of chats, all before the last reply.
+    """Prompts to sample from: of any format that has a prompt; of chats, all before the reply that
+    ends them, which need not be there.
 
     An empty prompt is the bare BOS (dropped where the tokenizer has none). `columns` keeps the
     other columns of the row for reward functions. Arguments as in `encode_lm`; max_length counts
@@ -804,6 +808,8 @@ def prompt_of(example: Example) -> Turn:
     if example.kind == "messages":
         chat = example.completion
         assert not isinstance(chat, str)
+        if chat[-1]["role"] != "assistant":
+            return chat
         last = max(i for i, m in enumerate(chat) if m["role"] == "assistant")
         if last == 0:
             raise sources.RowError(f"{example.origin}: nothing comes before the assistant's turn")

@@ -12,6 +12,7 @@ tokenized.  A *turn* (prompt, completion, chosen...) is either text, or a list o
 
 import dataclasses
 import json
+import re
 import string
 import zlib
 from collections import Counter
@@ -212,13 +213,11 @@ def text(row: Row, origin: Origin) -> Example:
 
 
 def messages(row: Row, origin: Origin) -> Example:
-    """`messages`: a chat; the assistant's turns are trained."""
+    """`messages`: a chat; the assistant's turns are trained, and without one it is a prompt."""
     column = next(c for c in ("messages", "conversations") if c in row)
     chat = messages_of(row[column], column, origin)
     if isinstance(row.get("system"), str) and row["system"] and chat[0]["role"] != "system":
         chat.insert(0, {"role": "system", "content": row["system"]})
-    if not any(m["role"] == "assistant" for m in chat):
-        raise RowError(f"{origin}: column {column!r} has no assistant turn: nothing to train on")
     return Example("messages", origin, completion=chat, tools=_tools(row, origin))
 
 
@@ -676,6 +675,19 @@ def _suits(form: Format, row: Row) -> bool:
     return all(c in row for c in form.columns) and form.matches(row)
 
 
+_PLAIN = re.compile(r"(?!(?i:null|true|false)$)[A-Za-z_./~][\w./~-]*")
+
+
+def with_column_map(source: str, mapping: Mapping[str, str]) -> str:
+    """The setting that reads a source under our names, {ours: theirs}, as a word of the shell."""
+
+    def written(text: str) -> str:
+        return text if _PLAIN.fullmatch(text) else json.dumps(text, ensure_ascii=False)
+
+    pairs = ", ".join(f"{written(ours)}: {written(theirs)}" for ours, theirs in mapping.items())
+    return f"'data.train={{source: {written(source)}, column_map: {{{pairs}}}}}'"
+
+
 def detect(rows: Sequence[Row], origins: Sequence[Origin] | None = None) -> str:
     """The format most of the first 100 rows have.
 
@@ -691,10 +703,10 @@ def detect(rows: Sequence[Row], origins: Sequence[Origin] | None = None) -> str:
     if votes:
         return votes.most_common(1)[0][0]
     origin = origins[0] if origins else Origin("rows", row=0)
-    raise DataError(f"{origin}: {_no_format(_without_nulls(rows[0]))}")
+    raise DataError(f"{origin}: {_no_format(_without_nulls(rows[0]), origin)}")
 
 
-def _no_format(row: Row) -> str:
+def _no_format(row: Row, origin: Origin) -> str:
     found = list(map(str, row))
     lines = [f"no known format has the columns found: {', '.join(found) or 'none'}"]
     mends = []
@@ -706,10 +718,10 @@ def _no_format(row: Row) -> str:
             mends.append((len(form.columns), name, mapping))
     if mends:
         _, name, mapping = max(mends, key=lambda m: m[0])
-        pairs = ", ".join(f"{ours}: {theirs}" for ours, theirs in mapping.items())
-        lines.append(f"nearest is {name}: add  column_map: {{{pairs}}}")
+        lines.append(f"nearest is {name}: say  {with_column_map(origin.file, mapping)}")
     else:
-        lines.append("name them with  column_map: {prompt: YOUR_COLUMN, completion: YOUR_COLUMN}")
+        names = {"prompt": "YOUR_COLUMN", "completion": "YOUR_COLUMN"}
+        lines.append(f"name them with  {with_column_map(origin.file, names)}")
     expected = dict.fromkeys("+".join(form.columns) for form in FORMATS.values())
     lines.append(f"expected one of: {'; '.join(expected)}")
     return "\n  ".join(lines)
@@ -750,26 +762,23 @@ def other_kind(example: Example, needed: Sequence[str]) -> str:
     found = list(map(str, example.columns))
     missing = [c for c in needed if example.columns.get(c) is None]
     mapping = _guess(missing, [c for c in found if example.columns[c] is not None])
-    mend = ", ".join(f"{ours}: {mapping.get(ours, 'YOUR_COLUMN')}" for ours in missing)
+    mend = {ours: mapping.get(ours, "YOUR_COLUMN") for ours in missing}
     said = f"columns found: {', '.join(found) or 'none'}"
-    return said + (f"\n  add  column_map: {{{mend}}}" if missing else "")
+    line = with_column_map(example.origin.file, mend)
+    return said + (f"\n  say  {line}" if missing else "")
 
 
-def _missing_columns(name: str, form: Format, row: Row) -> str:
+def _missing_columns(name: str, form: Format, row: Row, origin: Origin) -> str:
     missing = [c for c in form.columns if c not in row]
     if not missing:
         return f"the row's values do not have the form of format {name!r} ({form.about})"
     found = list(map(str, row))
     mapping = _guess(missing, [c for c in found if c not in form.columns])
-    mend = (
-        "add  column_map: {" + ", ".join(f"{a}: {b}" for a, b in mapping.items()) + "}"
-        if mapping
-        else f"add  column_map: {{{missing[0]}: YOUR_COLUMN}}"
-    )
+    mend = with_column_map(origin.file, mapping or {missing[0]: "YOUR_COLUMN"})
     return (
         f"column {', '.join(map(repr, missing))} is missing\n"
         f"  found: {', '.join(found) or 'none'}\n"
-        f"  expected by format {name!r}: {', '.join(form.columns)}\n  {mend}"
+        f"  expected by format {name!r}: {', '.join(form.columns)}\n  say  {mend}"
     )
 
 
@@ -823,7 +832,7 @@ def read(rows: Rows, *, on_bad_row: str = "error", seed: int = 0) -> Examples:
         row = _without_nulls(row)
         try:
             if not all(c in row for c in form.columns):
-                raise RowError(f"{origin}: {_missing_columns(name, form, row)}")
+                raise RowError(f"{origin}: {_missing_columns(name, form, row, origin)}")
             if form.read is not None:
                 example = form.read(row, origin)
                 examples.append(dataclasses.replace(example, columns=row))

@@ -4,11 +4,13 @@
 import contextlib
 import gzip
 import json
+import re
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxrlhf.config.load import load
 from jaxrlhf.data.formats import FORMATS, dialogue, read, split_common
 from jaxrlhf.data.sources import Origin, RowError, as_specs, load_rows
 from jaxrlhf.errors import DataError
@@ -412,3 +414,16 @@ def test_hh_dialogues_are_cut_where_they_part(shared):
             heads = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: "}
             text = "".join(heads[m["role"]] + m["content"] for m in [*found.prompt, *rest])
             assert text.replace(": ", ":") == row[name].replace(": ", ":")
+
+
+@pytest.mark.parametrize("name", ["q.jsonl", "true.jsonl", "a b: {c}.jsonl"])
+def test_the_line_that_would_mend_columns_does(write, name):
+    path = write({"q: x": "Say hello.", "answer": "Hello."}, name=name)
+    with pytest.raises(DataError) as error:
+        read(load_rows(path))
+    found = re.search(r"'(data\.train=.*YOUR_COLUMN.*)'", str(error.value))
+    assert found, error.value
+    line = found[1].replace("YOUR_COLUMN", '"q: x"', 1).replace("YOUR_COLUMN", "answer")
+    [source] = load("sft", [], ["model=./m", line]).data.train
+    [example] = read(load_rows(source.model_dump())).examples
+    assert (example.prompt, example.completion) == ("Say hello.", "Hello.")

@@ -298,6 +298,15 @@ def test_prompts_of_any_format_and_the_bare_bos(story_tokenizer, shared):
     assert data.prompts[0].endswith("\nAnswer:")
 
 
+def test_a_chat_without_a_reply_is_a_prompt_and_no_demonstration(chatml, write):
+    asked, answered = CHAT[:2], CHAT[:3]
+    path = write({"messages": asked}, {"messages": answered}, {"messages": CHAT[:4]})
+    data = encode_prompts(path, chatml, template="chatml")
+    assert list(data.prompts) == [asked, asked, CHAT[:4]]
+    with pytest.raises(DataError, match=r":1: no assistant turn: nothing to train on"):
+        encode_lm(path, chatml, template="chatml")
+
+
 def test_digest_follows_data_tokenizer_and_settings(story_tokenizer, write):
     row = {"prompt": "Once upon", "completion": " a time"}
     base = encode_lm(write(row), story_tokenizer)
