@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Happy stories: how positive the words of a completion are, by the VADER lexicon.
 
-    reward:
-      function: configs/rewards/valence.py:valence
+    reward: configs/rewards/valence.py:valence
 
 The lexicon (MIT, C.J. Hutto) is read from $JAXRLHF_ASSETS/data/vader/vader_lexicon.txt, by default
 from `shared` beside the project.

@@ -10,8 +10,10 @@ silent 0 would be learnt from.
 
 import importlib
 import importlib.util
+import inspect
 import math
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -49,7 +51,7 @@ def load_function(source: str) -> RewardFunction:
     except ConfigError:
         raise
     except Exception as error:  # whatever a user's file can raise
-        what = f"{type(error).__name__}: {error}"
+        what = f"{type(error).__name__}: {error}{where_raised(error, place)}"
         raise ConfigError(f"reward {source}: {place} cannot be read: {what}") from error
     function: Any = getattr(module, name, None)
     if not callable(function):
@@ -58,6 +60,14 @@ def load_function(source: str) -> RewardFunction:
             f"reward {source}: {place} has no function {name!r}; it has {', '.join(found[:12])}"
         )
     return cast(RewardFunction, function)
+
+
+def where_raised(error: Exception, file: str | None) -> str:
+    """` (file:line)` of the innermost frame of an error that lies in the file, if there is one."""
+    frames = traceback.extract_tb(error.__traceback__)
+    path = Path(file).expanduser().resolve() if file else None
+    own = [frame for frame in frames if Path(frame.filename).resolve() == path]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
 
 
 def call_reward(
@@ -75,8 +85,10 @@ def call_reward(
     try:
         values = list(function(prompts=list(prompts), completions=list(completions), **columns))
     except Exception as error:
+        code = getattr(inspect.unwrap(function), "__code__", None)
+        place = where_raised(error, code and code.co_filename)
         raise JaxrlhfError(
-            f"reward function {label} raised {type(error).__name__}: {error}"
+            f"reward function {label} raised {type(error).__name__}: {error}{place}"
         ) from error
     if len(values) != len(completions):
         raise JaxrlhfError(
