@@ -8,15 +8,19 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib.util
 import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jaxrlhf.errors import ConfigError, JaxrlhfError
 
 if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from jaxrlhf.config.schema import Shape
     from jaxrlhf.config.stages import StageConfig
 
 HELP = """\
@@ -132,7 +136,9 @@ def command_line(arguments: list[str]) -> int:
         raise ConfigError(f"{command}: unknown command; {hint}")
     if command == "env":
         return env(rest)
-    options = parser(command).parse_intermixed_args(rest)
+    options, unknown = parser(command).parse_known_intermixed_args(rest)
+    if unknown:
+        raise ConfigError("\n".join(not_an_option(command, word, rest) for word in unknown))
     if options.help:
         print(help_text(command), end="")
         return 0
@@ -143,9 +149,34 @@ def command_line(arguments: list[str]) -> int:
     return stage(command, options, operands, overrides)
 
 
+class Parser(argparse.ArgumentParser):
+    """Whose errors are as those of settings: raised, not printed."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{self.prog}: {message}")
+
+
+def not_an_option(command: str, word: str, words: list[str]) -> str:
+    """What to say of a word with dashes that the command does not know: most are meant as keys."""
+    import difflib
+
+    flag, equals, value = word.partition("=")
+    options = [name for action in parser(command)._actions for name in action.option_strings]
+    if close := difflib.get_close_matches(flag, options, n=1, cutoff=0.8):
+        return f"{word}: unknown option of {command}; did you mean {close[0]}?"
+    following = words[words.index(word) + 1 :][:1]
+    if not equals and following and not following[0].startswith("--"):
+        value = following[0]
+    key = flag.lstrip("-").replace("-", "_")
+    return (
+        f"{word}: unknown option of {command}; settings are given without dashes: write "
+        f"{key}={value or 'VALUE'}"
+    )
+
+
 def parser(command: str) -> argparse.ArgumentParser:
     """The options of one command; keys of the configuration are not options."""
-    found = argparse.ArgumentParser(f"jaxrlhf {command}", add_help=False, allow_abbrev=False)
+    found = Parser(f"jaxrlhf {command}", add_help=False, allow_abbrev=False)
     found.add_argument("items", nargs="*")
     found.add_argument("-h", "--help", action="store_true")
     found.add_argument("--print-config", action="store_true")
@@ -293,6 +324,8 @@ def prepare(*configs: StageConfig) -> None:
     _split_cpu(configs)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if importlib.util.find_spec("torch") is None:  # advice to install it; models here need none
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     if not any(map(uses_hub, configs)):  # nothing touches the network unless a hub name is given
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -405,22 +438,39 @@ def help_text(command: str) -> str:
         lines += ["", f"stages: {', '.join(PIPELINE_STAGES)}"]
         return "\n".join(lines) + "\n"
 
-    from jaxrlhf.config.schema import allows_extra, fields, leaves
+    from jaxrlhf.config.schema import allows_extra, entries, fields, leaves
     from jaxrlhf.config.stages import STAGES
 
     section = STAGES[command]
     lines += ["", (section.__doc__ or "").strip(), ""]
     for key, (shape, info) in leaves(section).items():
-        default = info.get_default(call_default_factory=True)
-        shown = default_text(default)
-        choices = f" ({', '.join(map(str, shape.choices))})" if len(shape.choices) > 1 else ""
-        about = f"{info.description or ''}{choices}"
-        head = f"  {key} = {shown}".ljust(34) + "  "
-        lines += textwrap.wrap(about, 98, initial_indent=head, subsequent_indent=" " * 36)
+        lines += key_help(key, shape, info)
     for name, shape in fields(section).items():
         if shape.section is not None and allows_extra(shape.section):
             lines.append(f"  {name}.*".ljust(36) + "parameters of what was chosen: --print-config")
+    for entry, keys in entries(section).items():
+        example = f"{{{entry.shorthand}: ..., key: value}}"
+        lines += ["", f"  an entry of {', '.join(keys)} is {example}, with these keys", ""]
+        for key, (shape, info) in leaves(entry).items():
+            lines += key_help(key, shape, info)
     return "\n".join(lines) + "\n"
+
+
+def key_help(key: str, shape: Shape, info: FieldInfo) -> list[str]:
+    """The lines of one key: its default, what it means, the names it accepts."""
+    import textwrap
+
+    from jaxrlhf.config.python_files import keys_of
+
+    names = shape.choices if len(shape.choices) > 1 else ()
+    if shape.table is not None:
+        names = keys_of(shape.table.file, shape.table.table)
+    about = f"{info.description or ''}" + (f" ({', '.join(map(str, names))})" if names else "")
+    head = f"  {key}"
+    if not info.is_required():
+        head += f" = {default_text(info.get_default(call_default_factory=True))}"
+    head = head.ljust(34) + "  "
+    return textwrap.wrap(about, 98, initial_indent=head, subsequent_indent=" " * 36)
 
 
 def default_text(value: Any) -> str:
@@ -431,6 +481,8 @@ def default_text(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, list):
         return "[" + ", ".join(map(default_text, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {default_text(v)}" for key, v in value.items()) + "}"
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 

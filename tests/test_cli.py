@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: words in, exit code and one screen out."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -110,6 +111,11 @@ def test_print_config_runs_nothing_and_reads_back(stages, tmp_path, capsys):
         (["data", "shwo"], "data shwo: unknown command; did you mean data show?"),
         (["report"], "runs: is needed; give run directories"),
         (["env", "x"], "env: takes only --json or --models"),
+        (["sft", "-m", "./m", "--learning_rate", "1e-4"], "dashes: write learning_rate=1e-4"),
+        (["sft", "--per-device-train-batch-size=4"], "write per_device_train_batch_size=4"),
+        (["sft", "--bf16", "--output", "o"], "--bf16: unknown option of sft; settings are given"),
+        (["sft", "--ouput", "o"], "--ouput: unknown option of sft; did you mean --output?"),
+        (["generate", "-n", "two"], "jaxrlhf generate: argument -n: invalid int value"),
     ],
 )
 def test_wrong_words_end_with_2_and_no_traceback(stages, capsys, words, expected):
@@ -203,6 +209,28 @@ def test_help_lists_every_key_with_its_default(capsys, command):
     if command == "ppo":
         assert "rl.kl_coef = 0.05" in text
         assert "rl.*" in text
+        assert "(gae, group, rloo, rloo_to_go)" in " ".join(text.split())
+        assert "an entry of data.train, data.eval is {source: ..., key: value}" in text
+        assert "  column_map = {}" in text
+    if command == "run":
+        assert "ppo.for_each.rl.kl_coef=[0.2]" in text
+
+
+def test_help_names_the_chat_templates_there_are(capsys):
+    from jaxrlhf.data.templates import TEMPLATES
+
+    for command in ("sft", "generate", "chat"):
+        cli.main([command, "--help"])
+        text = " ".join(capsys.readouterr().out.split())
+        assert f"{', '.join(TEMPLATES)}, or tokenizer" in text
+
+
+def test_a_missing_pytorch_is_not_advertised(monkeypatch):
+    monkeypatch.setattr(os, "environ", {})
+    for spec, silent in ((object(), False), (None, True)):
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name, spec=spec: spec)
+        cli.prepare()
+        assert ("TRANSFORMERS_NO_ADVISORY_WARNINGS" in os.environ) == silent
 
 
 def test_the_first_help_is_short(capsys):

@@ -97,10 +97,16 @@ REFUSED = {
     "trust_remote_code": "code that comes with a model or data set is never run; leave it out",
 }
 
-# What the same name counts differently, said when it is used.
+# What the same name counts differently, or does not bring with it, said when it is used.
+GRPO = "the estimator of GRPO is rl.advantage=group (without it, gae)"
 REMARKS = {
     ("ppo", "max_steps"): "train.steps counts iterations, each rl.epochs x rl.minibatches updates",
+    ("ppo", "num_generations"): GRPO,
+    ("ppo", "reward_funcs"): GRPO,
 }
+
+# Other names of a value, under TRL's name of its key.
+VALUES = {("dpo", "loss_type"): {"sigmoid": "dpo"}}
 
 
 def aliases(command: str) -> dict[str, str]:

@@ -3,8 +3,8 @@
 
 A field says with its annotation what it accepts, with its description what it means and in which
 unit, and with a mark what else is true of it: `Where` (its text names a place: relative paths are
-resolved against the file that holds them) and `OnResume` (what may change between a run and its
-continuation).
+resolved against the file that holds them), `KeyOf` (its text names a function) and `OnResume` (what
+may change between a run and its continuation).
 """
 
 from __future__ import annotations
@@ -59,6 +59,14 @@ class Where:
     """
 
     kind: Literal["path", "model", "source", "reward"]
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyOf:
+    """The text names a function: it is a key of that table in that file of the package."""
+
+    file: str
+    table: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Source(Section):
     limit: Positive | None = Field(default=None, description="only the first so many rows")
 
 
+TEMPLATES = "chatml, llama3, gemma, plain, hh, or tokenizer; null = the tokenizer's own"
 Sources = Annotated[list[Source], BeforeValidator(as_list)]
 
 
@@ -71,7 +72,7 @@ class DataSection(Section):
     )
     template: str | None = Field(
         default=None,
-        description="chat template: chatml, llama3, gemma, plain; null = the tokenizer's own",
+        description=f"chat template: {TEMPLATES}",
     )
     completion_only: bool = Field(
         default=True, description="train on completions and assistant turns only, not on prompts"

@@ -18,11 +18,11 @@ import pydantic
 import yaml
 
 from jaxrlhf.config import places
-from jaxrlhf.config.aliases import REFUSED, REMARKS, aliases
+from jaxrlhf.config.aliases import REFUSED, REMARKS, VALUES, aliases
 from jaxrlhf.config.base import Section
 from jaxrlhf.config.places import Value
 from jaxrlhf.config.reward import FUNCTION
-from jaxrlhf.config.schema import Shape, allows_extra, fields, find, leaves, nearest
+from jaxrlhf.config.schema import Shape, allows_extra, entries, fields, find, leaves, nearest
 from jaxrlhf.config.stages import STAGES, StageConfig
 from jaxrlhf.errors import ConfigError
 
@@ -110,10 +110,15 @@ def translate(
             errors.append(f"{key} ({value.place}): {REFUSED[key]}")
             continue
         if key not in known and key in table and _reaches(section, table[key]):
-            target = table[key]
+            target, said = table[key], ""
+            ours = VALUES.get((command, key), {})
+            if isinstance(value.data, str) and value.data in ours:
+                value = dataclasses.replace(value, data=ours[value.data], text=ours[value.data])
+                said = f"={value.data}"
             if note:
                 remark = REMARKS.get((command, key))
-                note(f"{key} ({value.place}) is {target}" + (f": {remark}" if remark else ""))
+                said += f": {remark}" if remark else ""
+                note(f"{key} ({value.place}) is {target}{said}")
         if target in found:
             errors.append(
                 f"{target} ({value.place}, as {key}): given twice, first at {found[target].place}"
@@ -377,11 +382,17 @@ def unknown(section: type[Section], path: Path_) -> str:
     near = above.section if above is not None and above.section is not None else section
     prefix = path[:-1]
     names = tuple(fields(near))
-    found = nearest(str(path[-1]), names, tuple(leaves(section)))
+    # What is written inside a section is seldom meant for another, unless it is spelled alike.
+    found = nearest(str(path[-1]), names, tuple(leaves(section)), 0.85 if prefix else 0.75)
     if found in names:
         found = dotted((*prefix, found))
     if found:
         return f"unknown key; did you mean {found}?"
+    for entry, lists in entries(section).items():
+        key = next((key for key in lists if dotted(prefix) in ("", key, key.partition(".")[0])), "")
+        if key and entry.shorthand and path[-1] in fields(entry):
+            shown = f"{key}={{{entry.shorthand}: ..., {path[-1]}: ...}}"
+            return f"unknown key; it is one of an entry of {key}, write '{shown}'"
     here = f"keys of {dotted(prefix)}" if prefix else "keys"
     return f"unknown key; {here}: {', '.join(names)}"
 

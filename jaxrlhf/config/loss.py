@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import Section
+from jaxrlhf.config.base import KeyOf, Section
 
 Weighting = Literal["token_mean", "sequence_mean", "fixed_length"]
 
@@ -25,7 +25,9 @@ class RewardLossSection(Section, extra="allow"):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = Field(default="pairwise", description="a key of losses.reward.REWARD_LOSSES")
+    name: Annotated[str, KeyOf("losses/reward.py", "REWARD_LOSSES")] = Field(
+        default="pairwise", description="which loss"
+    )
 
 
 class PreferenceLossSection(Section, extra="allow"):
@@ -33,4 +35,6 @@ class PreferenceLossSection(Section, extra="allow"):
 
     shorthand: ClassVar[str | None] = "name"
 
-    name: str = Field(default="dpo", description="a key of losses.preference.PREFERENCE_LOSSES")
+    name: Annotated[str, KeyOf("losses/preference.py", "PREFERENCE_LOSSES")] = Field(
+        default="dpo", description="which loss"
+    )

@@ -15,9 +15,9 @@ lists go in step); the repetitions are NAME[0], NAME[1]... in folders NAME-0, NA
 list `stage:NAME` stands for all of them. `for_each: {model: stage:NAME}` goes over them too.
 (Inside [...] and {...} YAML wants 'stage:NAME[0]' in quotes.)
 
-On the command line `NAME.key=value` changes the stage NAME, and `defaults.key=value` every stage that
-has such a key and does not set it. A key of for_each has its values there alone, so they are changed
-there: 'ppo.for_each.rl.kl_coef=[0.2]'.
+On the command line `NAME.key=value` changes the stage NAME, and `defaults.key=value` every stage
+that has such a key and does not set it. A key of for_each has its values there alone, so they are
+changed there: 'ppo.for_each.rl.kl_coef=[0.2]'.
 """
 
 from __future__ import annotations

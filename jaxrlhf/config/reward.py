@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
 from jaxrlhf.config.base import Float, RewardName, Section, as_list
+from jaxrlhf.config.python_files import functions_of
 
 # `package.module:function`, or `path/to/file.py:function`
 FUNCTION = re.compile(r"(?P<place>[A-Za-z_][\w.]*|.*\.py):(?P<function>[A-Za-z_]\w*)")
@@ -30,6 +32,14 @@ class RewardTerm(Section):
     )
     weight: Float = Field(default=1.0, description="the sum of weight x score is what is optimised")
     name: str | None = Field(default=None, description="how it is logged; null = told by source")
+
+    def contradictions(self) -> Iterator[str]:
+        if self.source.endswith(".py"):
+            found = functions_of(self.source)
+            file = self.source.rsplit("/", 1)[-1]
+            has = f"; it has {', '.join(found[:12])}" if found else ""
+            name = found[0] if len(found) == 1 else "FUNCTION"
+            yield f"source = {self.source}: name a function in it: {file}:{name}{has}"
 
     @property
     def kind(self) -> Literal["model", "function"]:

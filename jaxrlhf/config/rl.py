@@ -3,11 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from jaxrlhf.config.base import NonNegative, Positive, Section
+from jaxrlhf.config.base import KeyOf, NonNegative, Positive, Section
 from jaxrlhf.config.loss import Weighting
 
 
@@ -18,8 +18,12 @@ class RLSection(Section, extra="allow"):
     once the stage is imported; the errors of both passes are shown together.
     """
 
-    advantage: str = Field(default="gae", description="a key of ops.advantages.ESTIMATORS")
-    policy_loss: str = Field(default="ppo_clip", description="a key of losses.policy.POLICY_LOSSES")
+    advantage: Annotated[str, KeyOf("ops/advantages.py", "ESTIMATORS")] = Field(
+        default="gae", description="estimator of advantages; group is GRPO's"
+    )
+    policy_loss: Annotated[str, KeyOf("losses/policy.py", "POLICY_LOSSES")] = Field(
+        default="ppo_clip", description="which loss the policy learns by"
+    )
     samples_per_prompt: Positive = Field(
         default=1, description="completions of each prompt in a batch"
     )

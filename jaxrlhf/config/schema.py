@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic.fields import FieldInfo
 
-from jaxrlhf.config.base import OnResume, Section, Where
+from jaxrlhf.config.base import KeyOf, OnResume, Section, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Shape:
     section: type[Section] | None = None
     item: Shape | None = None
     where: str | None = None  # kind of place the text names, see base.Where
+    table: KeyOf | None = None  # of the functions that the text names, see base.KeyOf
     resume: str = "refuse"  # see base.OnResume
     text: bool = False  # a text is wanted: what was written counts, not its YAML type
     choices: tuple[Any, ...] = ()
@@ -88,7 +89,9 @@ def shape_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> Shape:
     said = _scalar_words(annotation, marks)
     if where:
         said = {"path": "a path", "model": "a model", "source": "data", "reward": "a reward"}[where]
-    return Shape("scalar", said, where=where, resume=resume, text=annotation is str)
+    table = next((m for m in marks if isinstance(m, KeyOf)), None)
+    text = annotation is str
+    return Shape("scalar", said, where=where, table=table, resume=resume, text=text)
 
 
 @functools.cache
@@ -114,6 +117,16 @@ def leaves(section: type[Section], prefix: str = "") -> dict[str, tuple[Shape, F
             found |= leaves(shape.section, f"{prefix}{name}.")
         else:
             found[prefix + name] = (shape, section.model_fields[name])
+    return found
+
+
+def entries(section: type[Section]) -> dict[type[Section], tuple[str, ...]]:
+    """{section: keys} of the lists whose entries are mappings themselves."""
+    found: dict[type[Section], tuple[str, ...]] = {}
+    for key, (shape, _) in leaves(section).items():
+        if shape.item is not None and shape.item.section is not None:
+            inner = shape.item.section
+            found[inner] = (*found.get(inner, ()), key)
     return found
 
 
@@ -156,6 +169,7 @@ SYNONYMS = {
     "tp": "tensor",
     "num_generations": "samples_per_prompt",
     "group_size": "samples_per_prompt",
+    "function": "source",
     "model_name": "path",
     "name_or_path": "path",
     "max_tokens": "max_new_tokens",
@@ -168,11 +182,14 @@ SYNONYMS = {
 }
 
 
-def nearest(name: str, near: tuple[str, ...], elsewhere: tuple[str, ...] = ()) -> str | None:
+def nearest(
+    name: str, near: tuple[str, ...], elsewhere: tuple[str, ...] = (), cutoff: float = 0.75
+) -> str | None:
     """The key that was probably meant: among its neighbours `near`, else anywhere.
 
     Tries spelling that differs only in case or separators, known synonyms, initials (`lr`), then
-    difflib. `elsewhere` holds full dotted keys, compared by their last part.
+    difflib. `elsewhere` holds full dotted keys, compared by their last part, which must be alike to
+    `cutoff`.
     """
 
     def plain(text: str) -> str:
@@ -189,7 +206,7 @@ def nearest(name: str, near: tuple[str, ...], elsewhere: tuple[str, ...] = ()) -
         return names[close[0]] if close else None
 
     return among({n: n for n in near}, 0.6) or among(
-        {full.rsplit(".", 1)[-1]: full for full in reversed(elsewhere)}, 0.75
+        {full.rsplit(".", 1)[-1]: full for full in reversed(elsewhere)}, cutoff
     )
 
 

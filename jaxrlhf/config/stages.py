@@ -21,7 +21,7 @@ from jaxrlhf.config.base import (
     Where,
     as_list,
 )
-from jaxrlhf.config.data import DataSection, Source, Sources, TextDataSection
+from jaxrlhf.config.data import TEMPLATES, DataSection, Source, Sources, TextDataSection
 from jaxrlhf.config.evaluation import EvaluationSection
 from jaxrlhf.config.loss import LMLossSection, PreferenceLossSection, RewardLossSection
 from jaxrlhf.config.mesh import Mesh
@@ -225,12 +225,14 @@ class GenerateConfig(StageConfig):
     )
     template: str | None = Field(
         default=None,
-        description="chat template for prompts that are messages; null = the tokenizer's own",
+        description=f"chat template for prompts that are messages: {TEMPLATES}",
     )
     sampling: SamplingSection = SamplingSection()
     output: PathName | None = Field(
         default=None,
-        description="the jsonl file written; null = completions.jsonl in the run directory",
+        description="the jsonl file written; null = completions.jsonl in the run directory; "
+        "prompts given as text are answered on the terminal, and written only where a place is "
+        "named",
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -372,7 +374,9 @@ class ExportConfig(StageConfig):
         "it is exactly what was trained; original = the weights before they were quantized",
     )
     output: PathName | None = Field(
-        default=None, description="the folder; null = export/ in the run"
+        default=None,
+        description="the folder, which must be empty; null = export/ in the run directory of this "
+        "command, which is not RUN",
     )
     check: bool = Field(
         default=True,
@@ -387,9 +391,7 @@ class ChatConfig(StageConfig):
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
     model: ModelSection = ModelSection()
     mesh: Mesh = Mesh()
-    template: str | None = Field(
-        default=None, description="chat template; null = the tokenizer's own"
-    )
+    template: str | None = Field(default=None, description=f"chat template: {TEMPLATES}")
     system: str | None = Field(default=None, description="system message")
     sampling: ChatSamplingSection = ChatSamplingSection()
 

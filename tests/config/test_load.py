@@ -384,3 +384,58 @@ def test_reading_settings_imports_no_jax():
 def test_a_setting_is_found_at_the_line_of_its_key(tmp_path):
     file = write(tmp_path, "optim:\n  schedule:\n    linaer\n")
     assert f"optim.schedule ({file}:2)" in errors_of("sft", [file], SFT)
+
+
+def test_grpo_by_its_names_in_trl_is_told_its_estimator():
+    notes: list[str] = []
+    words = ["reward_funcs=a.b:f", "num_generations=4"]
+    load("ppo", [], ["model=m", "data=p.jsonl", "train.steps=1", *words], note=notes.append)
+    assert all("the estimator of GRPO is rl.advantage=group" in note for note in notes)
+    assert len(notes) == 2
+
+
+def test_sigmoid_is_trls_name_of_plain_dpo():
+    notes: list[str] = []
+    words = ["model=./m", "data=x.jsonl", "loss_type=sigmoid"]
+    assert load("dpo", [], words, note=notes.append).loss.name == "dpo"
+    assert notes == ["loss_type (loss_type=sigmoid) is loss.name=dpo"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("def f(): ...\n", "name a function in it: r.py:f; it has f"),
+        ("def f(): ...\ndef g(): ...\n", "name a function in it: r.py:FUNCTION; it has f, g"),
+        (None, "name a function in it: r.py:FUNCTION"),
+    ],
+)
+def test_a_file_given_as_reward_is_asked_for_its_function(tmp_path, text, said):
+    file = tmp_path / "r.py"
+    if text is not None:
+        file.write_text(text)
+    found = errors_of("ppo", [], [*PPO, f"reward={file}"])
+    assert found == f"reward.0.source = {file}: {said} (reward={file})"
+
+
+def test_a_key_is_looked_for_in_its_own_section_first():
+    found = errors_of("ppo", [], [*PPO, "reward={function: a.b:f}"])
+    assert "unknown key; did you mean reward.0.source?" in found
+    found = errors_of("ppo", [], [*PPO, "reward={source: a.b:f, functional: 1}"])
+    assert "unknown key; keys of reward.0: source, weight, name" in found
+    found = errors_of("sft", [], [*SFT, "train.learning_rate=1"])
+    assert "did you mean optim.learning_rate?" in found
+
+
+@pytest.mark.parametrize(
+    ("command", "word", "key"),
+    [
+        ("sft", "column_map=x", "data.train"),
+        ("sft", "data.column_map=x", "data.train"),
+        ("generate", "column_map=x", "prompts"),
+        ("score", "limit=3", "data"),
+    ],
+)
+def test_a_key_of_an_entry_says_where_it_stands(command, word, key):
+    name = word.partition("=")[0].rpartition(".")[2]
+    found = errors_of(command, [], ["model=./m", word])
+    assert f"it is one of an entry of {key}, write '{key}={{source: ..., {name}: ...}}'" in found
