@@ -7,9 +7,11 @@ settings raise ConfigError with everything that is wrong; nothing here exits the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Iterable
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,10 @@ class Run:
     def path(self) -> Path:
         """The run directory."""
         return self._result.path
+
+    def __fspath__(self) -> str:
+        """A run stands where a model or a run directory is asked for."""
+        return os.fspath(self.path.resolve())
 
     @property
     def exit_code(self) -> int:
@@ -151,89 +157,230 @@ def stage(
     *,
     output: File | None = None,
     resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    dry_run: bool = False,
     **keys: Any,
-) -> Any:
-    """Runs one command of the command line; returns its run (`.metrics`, `.generate(...)`, ...).
+) -> Run:
+    """Runs any command of the command line, as `jaxrlhf COMMAND` does.
 
     Args:
-        command: `sft`, `reward`, `dpo`, `ppo`, `generate`, `eval`...
+        command: `sft`, `reward`, `dpo`, `ppo`, `generate`, `eval`, `"data show"`...
         config: YAML files, later ones override earlier ones; keywords override both.
-        output: the run directory; None gives runs/<stage>-<time>.
-        resume: auto, never or a path, for stages that train.
+        output: the run directory; None gives runs/<stage>-<time>. The same call with the same
+            directory goes on where it stopped, or does nothing where it is finished.
+        resume: "auto", "never" or a run directory, for stages that train.
+        allow_change: keys that may differ from those a resumed run began with.
+        dry_run: check settings, data and memory, of stages that train; compute nothing.
+        keys: settings, as `jaxrlhf COMMAND --help` lists them: nested, `optim={"name": "sgd"}`,
+            dotted, `**{"optim.learning_rate": 1e-4}`, or by TRL's names, `learning_rate=1e-4`.
+            A model may be a `Run`. Data may be rows: a list of dicts or a `datasets.Dataset`, which
+            are written into the run directory. A reward may be a function at the top of a file.
+
+    Returns:
+        A `Run`: `.path`, `.exit_code` (0 = everything planned was done), `.metrics`, `.summary`,
+        `.generate("Hello")`.
+
+    Raises:
+        ConfigError: naming every setting that is wrong.
+        DataError, ModelError, CheckpointError: what is read or resumed is not as it should be.
     """
     from jaxrlhf.cli import note, prepare, second_pass
     from jaxrlhf.config.load import load
+    from jaxrlhf.config.python_values import settings_of
     from jaxrlhf.config.stages import TRAINING
 
     files = [config] if isinstance(config, str | os.PathLike) else list(config)
     if output is not None:
         keys["output_dir"] = os.fspath(output)
     paths = [os.fspath(file) for file in files]
-    checked = load(command, paths, (), second_pass, keywords=keys, note=note)
+    settings, rows = settings_of(command, keys)
+    checked = load(command, paths, (), second_pass, keywords=settings, note=note)
     prepare(checked)
     from jaxrlhf.stages import run_stage
 
-    extra: dict[str, Any] = {"resume": resume} if command in TRAINING else {}
-    return Run(run_stage(command, checked, output=checked.output_dir, **extra))
+    extra: dict[str, Any] = {"rows": rows} if rows else {}
+    if command in TRAINING:
+        extra |= {"resume": resume, "allow_change": tuple(allow_change), "dry_run": dry_run}
+    elif dry_run:
+        extra["dry_run"] = True
+    place: Any = checked.output_dir
+    with contextlib.ExitStack() as stack:
+        if rows and dry_run:  # which leaves nothing behind
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+        return Run(run_stage(command, checked, output=place, **extra))
 
 
-def pretrain(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """A language model on plain text; see `stage`."""
+def pretrain(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """A language model on plain text, from fresh weights or continued.
+
+        run = jaxrlhf.pretrain(
+            model={"init": {"hidden_size": 64, "num_layers": 2, "num_heads": 4, "mlp_dim": 128},
+                   "tokenizer": "tokenizer-folder"},
+            data="text.jsonl", num_train_epochs=1, output="runs/base")
+
+    Args:
+        config: YAML files, if any.
+        keys: settings, and `output`, `resume`, `dry_run`; see `help(jaxrlhf.stage)`, and
+            `jaxrlhf pretrain --help` for all of them.
+
+    Returns:
+        A `Run`: `.path`, `.metrics`, `.summary`, `.generate("Hello")`.
+    """
     return stage("pretrain", config, **keys)
 
 
-def sft(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """Supervised fine-tuning on demonstrations; see `stage`."""
+def sft(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """Supervised fine-tuning on demonstrations.
+
+        rows = [{"prompt": "2 + 2 =", "completion": " 4"}, ...]  # or "rows.jsonl", or a Dataset
+        run = jaxrlhf.sft(model="path-or-name", data=rows, learning_rate=1e-5, output="runs/sft")
+        print(run.metrics[-1], run.generate("2 + 3 ="))
+
+    Args:
+        config: YAML files, if any.
+        keys: settings, and `output`, `resume`, `dry_run`; see `help(jaxrlhf.stage)`, and
+            `jaxrlhf sft --help` for all of them.
+
+    Returns:
+        A `Run`: `.path`, `.metrics`, `.summary`, `.generate("Hello")`.
+    """
     return stage("sft", config, **keys)
 
 
-def reward(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """A reward model from comparisons; see `stage`."""
+def reward(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """A reward model from comparisons.
+
+        judge = jaxrlhf.reward(model="runs/sft", data="pairs.jsonl", output="runs/reward",
+                               **{"data.eval_fraction": 0.1})
+        print(judge.summary["metrics"])
+        print(jaxrlhf.load(judge).score("Where is my order?", "On its way.", append_eos=True))
+
+    Args:
+        config: YAML files, if any.
+        keys: settings, and `output`, `resume`, `dry_run`; see `help(jaxrlhf.stage)`, and
+            `jaxrlhf reward --help` for all of them. data: rows of prompt, chosen and rejected, or
+            rankings or ratings.
+
+    Returns:
+        A `Run`: `.path`, `.metrics`, `.summary`.
+    """
     return stage("reward", config, **keys)
 
 
-def dpo(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """A policy straight from comparisons; see `stage`."""
+def dpo(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """A policy straight from comparisons, by DPO or another preference loss (loss.name).
+
+        run = jaxrlhf.dpo(model="path-or-name", data="pairs.jsonl", learning_rate=5e-6, beta=0.1)
+        print(run.metrics[-1], run.generate("Hello"))
+
+    Args:
+        config: YAML files, if any.
+        keys: settings, and `output`, `resume`, `dry_run`; see `help(jaxrlhf.stage)`, and
+            `jaxrlhf dpo --help` for all of them. data: rows of prompt, chosen and rejected.
+
+    Returns:
+        A `Run`: `.path`, `.metrics`, `.summary`, `.generate("Hello")`.
+    """
     return stage("dpo", config, **keys)
 
 
-def ppo(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """A policy by reinforcement learning; see `stage`."""
+def ppo(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """A policy by reinforcement learning: PPO, or another estimator (rl.advantage).
+
+        from rewards import short  # def short(prompts, completions, **columns): -> list of floats
+        run = jaxrlhf.ppo(model="runs/sft", data="prompts.jsonl", reward=short, kl_coef=0.05,
+                          **{"train.steps": 100, "sampling.max_new_tokens": 64})
+
+    Args:
+        config: YAML files, if any.
+        keys: settings, and `output`, `resume`, `dry_run`; see `help(jaxrlhf.stage)`, and
+            `jaxrlhf ppo --help` for all of them. data: rows with a prompt. reward: a reward model,
+            or a function at the top of a file (itself, or "file.py:name"), or a list of them.
+
+    Returns:
+        A `Run`: `.path`, `.metrics`, `.summary`, `.generate("Hello")`.
+    """
     return stage("ppo", config, **keys)
 
 
-def generate(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """Completions for prompts; see `stage`."""
+def generate(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """Completions for prompts, printed or as rows of completions.jsonl in the run directory.
+
+        jaxrlhf.generate(model="runs/dpo", prompts="prompts.jsonl", n=4, output="runs/said")
+
+    `Run.generate` and `load(model).generate` return texts instead. See `help(jaxrlhf.stage)`.
+    """
     return stage("generate", config, **keys)
 
 
-def score(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """Log-probs or rewards of given completions; see `stage`."""
+def score(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """Log-probs or rewards of given completions, as rows of scores.jsonl in the run directory.
+
+        jaxrlhf.score(model="runs/reward", data="completions.jsonl", append_eos=True)
+
+    `load(model).score` returns numbers instead. See `help(jaxrlhf.stage)`.
+    """
     return stage("score", config, **keys)
 
 
-def evaluate(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """The `eval` command; see `stage`."""
+def evaluate(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """The `eval` command: figures of one model with intervals, in eval.json and `.metrics`.
+
+        run = jaxrlhf.evaluate(model="runs/dpo", data={"eval": "held-out.jsonl"})
+
+    See `help(jaxrlhf.stage)`.
+    """
     return stage("eval", config, **keys)
 
 
-def export(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """A run as an HF folder; see `stage`."""
+def export(config: File | Iterable[File] = (), **keys: Any) -> Run:
+    """A model as an HF folder, or its adapter as a PEFT folder: export/ in the run directory.
+
+        folder = jaxrlhf.export(model="runs/dpo", format="merged").path / "export"
+
+    See `help(jaxrlhf.stage)`.
+    """
     return stage("export", config, **keys)
 
 
-def report(config: File | Iterable[File] = (), **keys: Any) -> Any:
-    """One HTML page of one or several runs; see `stage`."""
-    return stage("report", config, **keys)
+def run(
+    pipeline: File | Iterable[File],
+    *overrides: str,
+    output: File | None = None,
+    resume: str = "auto",
+    allow_change: Sequence[str] = (),
+    dry_run: bool = False,
+) -> Any:
+    """Runs the stages of a pipeline that are not finished.
 
+        jaxrlhf.run("configs/pipelines/quickstart.yaml", "seed=1", "ppo.train.steps=10")
 
-def run(pipeline: File, *overrides: str, resume: str = "auto") -> Any:
-    """A pipeline file, with `NAME.key=value` overrides."""
+    Args:
+        pipeline: a file or several, later ones override earlier ones.
+        overrides: `NAME.key=value` for the stage NAME, `seed=`, `defaults.key=`.
+        output: the directory; None gives the one that the pipeline names.
+        resume: "auto", or "never" to run every stage anew.
+        allow_change: keys that may differ from those a resumed stage began with.
+        dry_run: say what would be run, and run nothing.
+
+    Returns:
+        `.path`, `.exit_code` and a record of each stage in `.stages`.
+    """
     from jaxrlhf.cli import note, prepare, second_pass
     from jaxrlhf.config.pipeline import load_pipeline
 
-    plan = load_pipeline(os.fspath(pipeline), overrides, second_pass, note=note)
+    files = [pipeline] if isinstance(pipeline, str | os.PathLike) else list(pipeline)
+    if output is not None:
+        overrides = (*overrides, f"output_dir={os.fspath(output)}")
+    paths = [os.fspath(file) for file in files]
+    plan = load_pipeline(paths, overrides, second_pass, note=note)
     prepare(*(planned.config for planned in plan.stages))
     from jaxrlhf.pipeline import run_pipeline
 
-    return run_pipeline(plan, output=plan.output_dir, resume=resume)
+    return run_pipeline(
+        plan,
+        output=plan.output_dir,
+        resume=resume,
+        allow_change=tuple(allow_change),
+        dry_run=dry_run,
+    )

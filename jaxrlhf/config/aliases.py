@@ -11,6 +11,8 @@ COMMON = {
     "dtype": "model.dtype",
     "gradient_checkpointing": "model.remat",
     "dataset_name": "data.train",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.eval",
     "max_length": "data.max_length",
     "group_by_length": "data.group_by_length",
     "pad_to_multiple_of": "data.pad_to_multiple_of",

@@ -4,7 +4,7 @@
 `run_stage` runs any of them by name; nothing is imported before it is needed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def run_stage(
     allow_change: Sequence[str] = (),
     dry_run: bool = False,
     stop_requested: Callable[[], bool] | None = None,
+    rows: Mapping[str, str] | None = None,
 ) -> "StageResult":
     """Runs one stage (a key of `config.stages.STAGES`) and returns how it ended.
 
@@ -64,10 +65,20 @@ def run_stage(
         allow_change: settings that may differ from those a resumed run began with.
         dry_run: check everything, compute nothing.
         stop_requested: polled between units of work; by default signals are handled.
+        rows: files of rows that the settings name as stage:rows/NAME, with what they hold; they are
+            written into rows/ of the run directory.
     """
-    from jaxrlhf.stages.rundir import default_directory
+    from jaxrlhf.stages.rundir import default_directory, write_rows
 
     given = output or config.output_dir
+    named = given is not None
+    if rows:
+        from jaxrlhf.config.pipeline import resolve
+        from jaxrlhf.config.python_values import ROWS
+
+        given = Path(given or default_directory(command)).resolve()
+        write_rows(given / ROWS, rows)
+        config = resolve(config, {ROWS: given / ROWS})
 
     def folder() -> Path:
         if given is None and dry_run:
@@ -86,7 +97,7 @@ def run_stage(
             allow_change=allow_change,
             dry_run=dry_run,
             stop_requested=stop_requested,
-            named=given is not None,
+            named=named,
         )
     from jaxrlhf.stages.once import run_once
     from jaxrlhf.stages.training import StageResult

@@ -16,6 +16,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 import numpy as np
@@ -37,13 +38,7 @@ def load_function(source: str) -> RewardFunction:
             path = Path(place).expanduser().resolve()
             if not path.is_file():
                 raise ConfigError(f"reward {source}: there is no file {path}")
-            module_name = f"jaxrlhf_reward_{path.stem}"
-            spec = importlib.util.spec_from_file_location(module_name, path)
-            assert spec is not None
-            assert spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module
-            spec.loader.exec_module(module)
+            module = _script(path) or _run_file(path)
         else:
             module = importlib.import_module(place)
     except ImportError as error:
@@ -60,6 +55,25 @@ def load_function(source: str) -> RewardFunction:
             f"reward {source}: {place} has no function {name!r}; it has {', '.join(found[:12])}"
         )
     return cast(RewardFunction, function)
+
+
+def _script(path: Path) -> ModuleType | None:
+    """The script that Python was started with, if it is this file: run once more, it would begin
+    the same run again."""
+    main = sys.modules.get("__main__")
+    file = getattr(main, "__file__", None)
+    return main if file is not None and Path(file).resolve() == path else None
+
+
+def _run_file(path: Path) -> ModuleType:
+    name = f"jaxrlhf_reward_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 def where_raised(error: Exception, file: str | None) -> str:

@@ -12,7 +12,7 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,16 @@ def write_json(path: Path, value: Any) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(partial, path)
+
+
+def write_rows(folder: Path, texts: Mapping[str, str]) -> None:
+    """Files of rows, each named by what it holds: one that is there already is the same."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        if not (folder / name).exists():
+            partial = folder / f"{name}.{os.getpid()}.partial"  # every process may write it
+            partial.write_text(text, encoding="utf-8", newline="\n")
+            os.replace(partial, folder / name)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path) -> None:
