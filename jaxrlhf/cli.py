@@ -138,7 +138,8 @@ def command_line(arguments: list[str]) -> int:
         return env(rest)
     options, unknown = parser(command).parse_known_intermixed_args(rest)
     if unknown:
-        raise ConfigError("\n".join(not_an_option(command, word, rest) for word in unknown))
+        named = [word for word in unknown if word.startswith("-")] or unknown  # without values
+        raise ConfigError("\n".join(not_an_option(command, word, rest) for word in named))
     if options.help:
         print(help_text(command), end="")
         return 0

@@ -233,6 +233,15 @@ def test_a_missing_pytorch_is_not_advertised(monkeypatch):
         assert ("TRANSFORMERS_NO_ADVISORY_WARNINGS" in os.environ) == silent
 
 
+def test_every_option_that_is_none_is_named_and_their_values_are_not(capsys):
+    assert cli.main(["sft", "--data", "m.jsonl", "seed=1", "--learning_rate", "1e-4"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --data: unknown option of sft; settings are given without dashes: write "
+        "data=m.jsonl\n--learning_rate: unknown option of sft; settings are given without dashes: "
+        "write learning_rate=1e-4\n"
+    )
+
+
 def test_the_first_help_is_short(capsys):
     assert cli.main(["--help"]) == 0
     text = capsys.readouterr().out
