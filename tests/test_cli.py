@@ -311,7 +311,7 @@ def test_python_api_raises_and_never_exits(stages):
     command, config, output, extra = stages[0]
     assert (command, config.optim.learning_rate, config.loss.beta) == ("dpo", 5e-6, 0.1)
     assert output == str(Path.cwd() / "o")
-    assert extra == {"resume": "auto"}
+    assert extra == {"resume": "auto", "allow_change": (), "dry_run": False}
     with pytest.raises(jaxrlhf.ConfigError, match=r"did you mean optim\.learning_rate\?"):
         jaxrlhf.sft(model="./m", data="d.jsonl", lr=1)
     with pytest.raises(AttributeError):
