@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from jaxrlhf.errors import CheckpointError, ConfigError, DataError, JaxrlhfError, ModelError
 
 if TYPE_CHECKING:
-    from jaxrlhf import report as report
     from jaxrlhf.api import dpo as dpo
     from jaxrlhf.api import evaluate as evaluate
     from jaxrlhf.api import export as export
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from jaxrlhf.api import score as score
     from jaxrlhf.api import sft as sft
     from jaxrlhf.api import stage as stage
+    from jaxrlhf.api import write_report as write_report
 
 COMMANDS = (
     "dpo",
@@ -33,6 +33,7 @@ COMMANDS = (
     "score",
     "sft",
     "stage",
+    "write_report",
 )
 
 __all__ = [
@@ -48,21 +49,17 @@ __all__ = [
     "load",
     "ppo",
     "pretrain",
-    "report",
     "reward",
     "run",
     "score",
     "sft",
     "stage",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
     """The commands as functions, imported when first used: `import jaxrlhf` costs nothing."""
-    if name == "report":
-        from importlib import import_module
-
-        return import_module("jaxrlhf.report")
     if name in COMMANDS:
         from jaxrlhf import api
 

@@ -384,3 +384,18 @@ def run(
         allow_change=tuple(allow_change),
         dry_run=dry_run,
     )
+
+
+def write_report(*runs: File, output: File | None = None) -> Path:
+    """The `report` command: one HTML page of one or several runs; returns where it is.
+
+        jaxrlhf.write_report("runs/dpo", "runs/ppo", output="compared.html")
+
+    Args:
+        runs: run or pipeline directories, or what a command returned.
+        output: the file, or a folder for report.html; None = the first run.
+    """
+    from jaxrlhf import report
+
+    folders = [Path(run) for run in runs]
+    return report.write_report(folders, Path(output) if output is not None else Path(*folders[:1]))

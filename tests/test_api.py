@@ -36,7 +36,7 @@ def test_rows_in_memory_are_kept_in_the_run_and_resumed_by_content(
 
     # A run is a model, and what is reported on.
     assert isinstance(jaxrlhf.load(run).generate("a", max_new_tokens=1), str)
-    assert jaxrlhf.report(run) == run.path.resolve() / "report.html"
+    assert jaxrlhf.write_report(run) == run.path.resolve() / "report.html"
 
 
 SCRIPT = """
@@ -61,4 +61,4 @@ def test_a_function_of_the_script_itself_does_not_run_it_again(tmp_path):
 def test_help_shows_a_call(name):
     text = inspect.getdoc(getattr(api, name)) or ""
     assert name == "stage" or f"jaxrlhf.{name}(" in text or name == "load", text
-    assert "jaxrlhf.report(" in (jaxrlhf.report.__doc__ or "")
+    assert "jaxrlhf.write_report(" in (jaxrlhf.write_report.__doc__ or "")
