@@ -32,8 +32,8 @@ From a language model and feedback to an aligned model.
   pretrain            a language model on plain text
   sft                 supervised fine-tuning on demonstrations
   reward              a reward model from comparisons
-  dpo                 a policy straight from comparisons (every offline preference loss)
-  ppo                 a policy by reinforcement learning (every online estimator)
+  dpo                 a policy straight from comparisons (DPO)
+  ppo                 a policy by reinforcement learning (PPO, or GRPO's and RLOO's advantages)
   generate            completions for prompts
   score               log-probs or rewards of given completions
   eval                perplexity, accuracy, rewards, KL and win rates, with intervals

@@ -46,7 +46,12 @@ def start(
     **kwargs: Any,
 ) -> subprocess.Popen[str]:
     """A child process that calls `function(**kwargs)` and writes its JSON result to `out`."""
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    flags = (
+        f"--xla_force_host_platform_device_count={devices}"
+        # By default eight threads that meet within 40 s on a busy machine, or the process ends.
+        " --xla_cpu_collective_call_warn_stuck_timeout_seconds=120"
+        " --xla_cpu_collective_call_terminate_timeout_seconds=300"
+    )
     path = os.pathsep.join([str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         [
