@@ -240,6 +240,7 @@ def _truncate_right(ids: list[int], mask: list[bool], limit: int, bos: int):
     return ids[:limit], mask[:limit]
 
 
+SHORTENING = ", or set data.truncation to drop, left or right"
 # What happens to a row longer than max_length: None = it is not kept.
 TRUNCATIONS: dict[str, Callable] = {
     "error": _keep_all,
@@ -402,8 +403,8 @@ class _Encoder:
             return ids, mask
         if self.truncation == "error":
             raise DataError(
-                f"{origin}: {len(ids)} tokens, more than max_length = {self.max_length}; raise "
-                "data.max_length, or set data.truncation to drop, left or right"
+                f"{origin}: {len(ids)} tokens, more than data.max_length = {self.max_length}; "
+                f"raise it{SHORTENING}"
             )
         kit = self.kit
         bos = len(kit.prefix) if tuple(ids[: len(kit.prefix)]) == kit.prefix else 0
@@ -433,11 +434,14 @@ class _Encoder:
 
 
 def _rows_of(
-    source: Source | Sequence[Source], on_bad_row: OnBadRow, seed: int
+    source: Source | Sequence[Source], on_bad_row: OnBadRow, seed: int, first: Sequence[str] = ()
 ) -> list[formats.Examples]:
     return [
         formats.read(
-            sources.load_rows(spec, on_bad_row=on_bad_row), on_bad_row=on_bad_row, seed=seed
+            sources.load_rows(spec, on_bad_row=on_bad_row),
+            on_bad_row=on_bad_row,
+            seed=seed,
+            first=first,
         )
         for spec in sources.as_specs(source)
     ]
@@ -493,6 +497,7 @@ def encode_lm(
     on_bad_row: OnBadRow = "error",
     vocab_size: int | None = None,
     seed: int = 0,
+    every_row: bool = False,
 ) -> RowSet:
     """Rows for next-token training or scoring.
 
@@ -506,6 +511,9 @@ def encode_lm(
         append_eos: end every row with EOS, trained (False when scoring given text).
         vocab_size: refuse ids outside the model's vocabulary.
         seed: of formats that pair rows.
+        every_row: for scoring: each row of the data is one here, in order. An empty completion is
+            kept, and a row that would be left out is an error. prompt + completion is what counts
+            where a row has them beside other columns, as `generate` writes it.
 
     Raises:
         DataError: unusable rows (see `sources` and `formats`), or nothing left to train on.
@@ -520,13 +528,20 @@ def encode_lm(
         vocab_size=vocab_size,
     )
     collected = _Collected()
-    for part in _rows_of(source, on_bad_row, seed):
-        choose = encoder.template(formats.FORMATS[part.format].template)
+    first = ("prompt_completion",) if every_row else ()
+    for part in _rows_of(source, on_bad_row, seed, first):
+        form = formats.FORMATS[part.format]
+        if every_row and form.gather is not None:
+            raise DataError(
+                f"{part[0].origin}: format {part.format!r} makes one example of several rows, so "
+                "they cannot be scored one by one; give rows of prompt and completion"
+            )
+        choose = encoder.template(form.template)
         ready: list[tuple[Example, _Pieces]] = []
         start = len(collected.rows)
         for example in part:
             try:
-                ready.append((example, _lm_pieces(example, choose, tokenizer, completion_only)))
+                ready.append((example, _lm_pieces(example, choose, tokenizer, empty=every_row)))
                 encoder.note_controls(example)
             except _Dropped as reason:
                 encoder.drop(str(reason), example.origin)
@@ -546,23 +561,29 @@ def encode_lm(
                 if truncation == "split" and max_length and len(ids) > max_length:
                     cuts = _split(ids, mask, max_length, list(encoder.kit.prefix), example)
                 for ids, mask in cuts:
+                    if not ids:
+                        raise _Dropped("no tokens")
                     ids, mask = encoder.fit(ids, mask, example.origin)
                     collected.add(ids, mask, names, example.origin)
             except _Dropped as reason:
                 encoder.drop(str(reason), example.origin)
         _bad(encoder, part)
+        if every_row and encoder.dropped:
+            raise DataError(f"{encoder.examples[0]}: it cannot be scored")
         collected.close(part, start)
-    return collected.rowset(encoder, tokenizer)
+    return collected.rowset(encoder, tokenizer, untrained=every_row)
 
 
 def _lm_pieces(
     example: Example,
     template: Callable[[], Template],
     tokenizer: "PreTrainedTokenizerBase",
-    completion_only: bool | None,
+    *,
+    empty: bool,
 ) -> _Pieces:
+    """The row of an example; what is blank only where `empty` allows it."""
     if example.kind == "text":
-        if _blank(example.completion):
+        if _blank(example.completion) and not empty:
             raise _Dropped("empty text")
         return _Pieces([(str(example.completion), True)], eos=True)
     if example.kind == "tokenized":
@@ -573,13 +594,18 @@ def _lm_pieces(
         replies = [m for m in chat if m["role"] == "assistant"]
         if not replies:
             raise sources.RowError(f"{example.origin}: no assistant turn: nothing to train on")
-        if not any(str(m["content"]).strip() for m in replies):
+        if not empty and not any(str(m["content"]).strip() for m in replies):
             raise _Dropped("empty completion")
         return _Pieces(templates.render(template(), chat, tokenizer, tools=example.tools), eos=True)
     if example.kind in ("prompt_completion", "preference"):
         reply = example.completion if example.kind == "prompt_completion" else example.chosen
         return _continuation(
-            example.prompt, reply, template=template, tokenizer=tokenizer, tools=example.tools
+            example.prompt,
+            reply,
+            template=template,
+            tokenizer=tokenizer,
+            tools=example.tools,
+            empty=empty,
         )
     raise DataError(
         f"{example.origin}: rows of kind {example.kind!r} are no demonstrations to imitate; "
@@ -788,7 +814,7 @@ def encode_prompts(
             kept.append((turn, other))
         _bad(encoder, part)
         collected.close(part, start)
-    rows = collected.rowset(encoder, tokenizer, prompts=True)
+    rows = collected.rowset(encoder, tokenizer, untrained=True)
     return PromptSet(
         rows.tokens,
         rows.offsets,
@@ -867,6 +893,8 @@ def _refuse(error: DataError, example: Example, encoder: _Encoder, on_bad_row: s
 
 
 def _bad(encoder: _Encoder, part: formats.Examples) -> None:
+    if part.spare:
+        encoder.dropped["without a row of the other side to pair with"] += part.spare
     if part.bad:
         encoder.dropped["bad rows"] += part.bad
         encoder.examples += part.bad_examples[: max(0, sources.SHOWN - len(encoder.examples))]
@@ -902,12 +930,12 @@ class _Collected:
             raise DataError(f"data source {spec.source}: none of its rows could be used")
 
     def rowset(
-        self, encoder: _Encoder, tokenizer: "PreTrainedTokenizerBase", *, prompts: bool = False
+        self, encoder: _Encoder, tokenizer: "PreTrainedTokenizerBase", *, untrained: bool = False
     ) -> RowSet:
         counts = dataclasses.replace(_count(self.rows), **encoder.summary())
         if not self.rows:
             raise DataError(f"no rows are left to train on\n{counts}")
-        if not prompts and counts.trained_tokens == 0:
+        if not untrained and counts.trained_tokens == 0:
             raise DataError(
                 f"0 of {counts.tokens} tokens are trained: every row's mask is empty. Does the "
                 "data hold completions or assistant turns, and does the template mark them?"

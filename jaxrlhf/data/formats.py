@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxrlhf.data.order import permutation
-from jaxrlhf.data.sources import Origin, RowError, Rows, nearest
+from jaxrlhf.data.sources import SKIPPING, Origin, RowError, Rows, nearest
 from jaxrlhf.errors import DataError
 
 Row = Mapping[str, Any]
@@ -125,7 +125,7 @@ def messages_of(value: Any, column: str, origin: Origin) -> list[Message]:
                 f"{place}: a message is an object with role and content, found {_short(message)}"
             )
         role = message.get("role", message.get("from"))
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise RowError(
                 f"{place}: role {role!r} is not known{nearest(str(role), ROLES)}; expected one of "
                 f"{', '.join(sorted(set(ROLES.values())))} under 'role' (or 'from')"
@@ -178,7 +178,7 @@ def _number(row: Row, column: str, origin: Origin) -> float:
     value = row[column]
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not abs(number) < float("inf"):
         raise RowError(f"{origin}: column {column!r} must be a number, found {_short(value)}")
@@ -234,10 +234,17 @@ def _same_form(origin: Origin, prompt: Turn, *completions: Turn) -> None:
         )
 
 
-def prompt_completion(row: Row, origin: Origin) -> Example:
-    """`prompt` + `completion`: the completion is trained."""
-    turn, reply = _turn(row, "prompt", origin), _turn(row, "completion", origin)
+def _prompt_and_reply(row: Row, origin: Origin) -> tuple[Turn, Turn]:
+    turn = _turn(row, "prompt", origin)
+    role = None if isinstance(turn, str) else "assistant"
+    reply = _turn(row, "completion", origin, role)
     _same_form(origin, turn, reply)
+    return turn, reply
+
+
+def prompt_completion(row: Row, origin: Origin) -> Example:
+    """`prompt` + `completion`: the completion is trained. Text after a chat is the assistant's."""
+    turn, reply = _prompt_and_reply(row, origin)
     return Example("prompt_completion", origin, turn, reply, tools=_tools(row, origin))
 
 
@@ -265,7 +272,8 @@ def preference(row: Row, origin: Origin) -> Example:
 
     Messages: the prompt is the longest common run of whole messages. Texts without a prompt column
     have the empty prompt (a common run of letters or tokens is no prompt: answers that begin alike
-    would be cut in the middle). A prompt text beside whole chats is already inside them.
+    would be cut in the middle). A prompt text beside whole chats is already inside them; beside
+    replies alone it is the user's turn before them.
     """
     if "prompt" in row:
         chosen, rejected = _turn(row, "chosen", origin), _turn(row, "rejected", origin)
@@ -274,7 +282,12 @@ def preference(row: Row, origin: Origin) -> Example:
             chosen = _turn(row, "chosen", origin, role="assistant")
             rejected = _turn(row, "rejected", origin, role="assistant")
         elif isinstance(turn, str) and not isinstance(chosen, str):
-            return _implicit(row, origin)
+            _same_form(origin, chosen, rejected)
+            assert not isinstance(rejected, str)
+            if not turn.strip() or any(m["role"] == "user" for m in [*chosen, *rejected]):
+                return _implicit(row, origin)
+            begin, chosen, rejected = split_common(chosen, rejected)
+            turn = [*begin, {"role": "user", "content": turn}]  # after a common system message
         elif chosen[: len(turn)] == turn == rejected[: len(turn)] and not isinstance(turn, str):
             chosen, rejected = chosen[len(turn) :], rejected[len(turn) :]
         return _preference(row, origin, turn, chosen, rejected)
@@ -311,8 +324,7 @@ def chat_preference(row: Row, origin: Origin) -> Example:
 def unpaired(row: Row, origin: Origin) -> Example:
     """`prompt` + `completion` + `label`, or `messages` + `label`: good or bad on its own."""
     if "prompt" in row:
-        turn, reply = _turn(row, "prompt", origin), _turn(row, "completion", origin)
-        _same_form(origin, turn, reply)
+        turn, reply = _prompt_and_reply(row, origin)
     else:
         chat = messages_of(row["messages"], "messages", origin)
         if chat[-1]["role"] != "assistant":
@@ -360,6 +372,8 @@ def tokenized(row: Row, origin: Origin) -> Example:
     ids = _list(row, "input_ids", origin)
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise RowError(f"{origin}: column 'input_ids' must be a list of whole numbers")
+    if wrong := [i for i in ids if not 0 <= i < 2**31]:
+        raise RowError(f"{origin}: column 'input_ids' holds {wrong[0]}, which is no token id")
     mask = None
     for column in ("completion_mask", "assistant_masks"):
         if row.get(column) is not None:
@@ -438,6 +452,10 @@ def tldr_comparison(row: Row, origin: Origin) -> Example:
     info, summaries, choice = row["info"], _list(row, "summaries", origin), row["choice"]
     if len(summaries) != 2 or choice not in (0, 1) or not isinstance(info, Mapping):
         raise RowError(f"{origin}: expected info, two summaries and choice 0 or 1")
+    if not all(isinstance(summary, Mapping) and "text" in summary for summary in summaries):
+        raise RowError(
+            f"{origin}: 'summaries' must hold objects with 'text', found {_short(summaries)}"
+        )
     body = info.get("post") or info.get("article")
     if not isinstance(body, str):
         raise RowError(f"{origin}: info has neither 'post' nor 'article'")
@@ -448,8 +466,9 @@ def tldr_comparison(row: Row, origin: Origin) -> Example:
         "TL;DR:",
     ]
     texts = [" " + _text(s, "text", origin).strip() for s in summaries]
+    better = int(choice)  # 1.0 where a table holds it as a float
     return _preference(
-        row, origin, "\n\n".join(filter(None, lines)), texts[choice], texts[1 - choice]
+        row, origin, "\n\n".join(filter(None, lines)), texts[better], texts[1 - better]
     )
 
 
@@ -688,16 +707,25 @@ def with_column_map(source: str, mapping: Mapping[str, str]) -> str:
     return f"'data.train={{source: {written(source)}, column_map: {{{pairs}}}}}'"
 
 
-def detect(rows: Sequence[Row], origins: Sequence[Origin] | None = None) -> str:
+def detect(
+    rows: Sequence[Row],
+    origins: Sequence[Origin] | None = None,
+    *,
+    first: Sequence[str] = (),
+) -> str:
     """The format most of the first 100 rows have.
+
+    Args:
+        first: formats that are tried before the others.
 
     Raises:
         DataError: no format suits; names the place, the columns found, those expected, the nearest
             match and the column_map line that would mend it.
     """
     votes: Counter[str] = Counter()
+    order = dict.fromkeys((*first, *FORMATS))
     for row in map(_without_nulls, rows[:100]):
-        name = next((name for name, form in FORMATS.items() if _suits(form, row)), None)
+        name = next((name for name in order if _suits(FORMATS[name], row)), None)
         if name:
             votes[name] += 1
     if votes:
@@ -791,6 +819,7 @@ class Examples(Sequence):
     examples: list[Example]
     bad: int = 0
     bad_examples: tuple[str, ...] = ()
+    spare: int = 0  # rows without a partner, where two make one example
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -799,15 +828,18 @@ class Examples(Sequence):
         return self.examples[i]
 
 
-def read(rows: Rows, *, on_bad_row: str = "error", seed: int = 0) -> Examples:
+def read(
+    rows: Rows, *, on_bad_row: str = "error", seed: int = 0, first: Sequence[str] = ()
+) -> Examples:
     """Rows of a source to examples, by the source's format or the one its columns suit.
 
     seed: of the shuffle in formats that pair rows (persona, labelled_sentence).
+    first: formats that its columns are held against before the others.
 
     Raises:
         DataError: unknown format, or (on_bad_row="error") a row that does not suit it.
     """
-    name = rows.spec.format or detect(rows.rows, rows.origins)
+    name = rows.spec.format or detect(rows.rows, rows.origins, first=first)
     form = FORMATS.get(name)
     if form is None:
         raise DataError(
@@ -819,14 +851,13 @@ def read(rows: Rows, *, on_bad_row: str = "error", seed: int = 0) -> Examples:
     def reject(error: RowError) -> None:
         nonlocal bad
         if on_bad_row == "error":
-            raise RowError(
-                f"{error} (data.on_bad_row=skip leaves such rows out and counts them)"
-            ) from None
+            raise RowError(f"{error}{SKIPPING}") from None
         bad += 1
         if len(shown) < 5:
             shown.append(str(error))
 
     examples: list[Example] = []
+    spare = 0
     suited: list[tuple[Row, Origin]] = []
     for row, origin in zip(rows.rows, rows.origins, strict=True):
         row = _without_nulls(row)
@@ -843,9 +874,10 @@ def read(rows: Rows, *, on_bad_row: str = "error", seed: int = 0) -> Examples:
             reject(error)
     if form.gather is not None:
         examples = list(form.gather(suited, seed))
+        spare = len(suited) - 2 * len(examples)
     if not examples:
         why = f"; first of {bad} bad rows: {shown[0]}" if shown else ""
         raise DataError(
             f"data source {rows.spec.source}: no examples of format {name!r} ({form.about}){why}"
         )
-    return Examples(rows, name, examples, bad, tuple(shown))
+    return Examples(rows, name, examples, bad, tuple(shown), spare)

@@ -111,7 +111,7 @@ def write_pairs(
 
     Sources may hold rankings, ratings, or pairs already. The file appears only when complete.
     """
-    counts = {"examples": 0, "pairs": 0, "ties": 0, "bad rows": 0}
+    counts = {"examples": 0, "pairs": 0, "ties": 0, "bad rows": 0, "spare rows": 0}
     path = Path(output)
     partial = path.with_name(path.name + ".partial")
     lines: list[str] = []
@@ -119,6 +119,7 @@ def write_pairs(
         rows = sources.load_rows(spec, on_bad_row=on_bad_row)
         examples = formats.read(rows, on_bad_row=on_bad_row, seed=seed)
         counts["bad rows"] += examples.bad
+        counts["spare rows"] += examples.spare  # without a partner, where two rows make a pair
         for example in examples:
             counts["examples"] += 1
             if example.kind == "ranked":

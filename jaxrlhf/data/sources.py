@@ -27,6 +27,7 @@ OnBadRow = Literal["error", "skip"]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".txt")
 MAX_LINE = 64 * 1024 * 1024  # bytes; a longer line is an error, so that memory stays bounded
 SHOWN = 5  # how many skipped rows are remembered word for word
+SKIPPING = " (data.on_bad_row=skip leaves such rows out and counts them)"
 
 
 class Origin(NamedTuple):
@@ -182,7 +183,7 @@ class _Keeper:
     def reject(self, origin: Origin, reason: str) -> None:
         message = f"{origin}: {reason}"
         if self.on_bad_row == "error":
-            raise RowError(f"{message} (data.on_bad_row=skip leaves such rows out and counts them)")
+            raise RowError(f"{message}{SKIPPING}")
         self.bad += 1
         if len(self.examples) < SHOWN:
             self.examples.append(message)
@@ -265,9 +266,11 @@ def _read_path(keep: _Keeper, spec: SourceSpec) -> str:
     if path.is_dir():
         files = _files_of_folder(path, spec.split)
     elif path.exists():
+        _no_split(spec, "a file")
         files = [path]
     elif glob.has_magic(name):
         files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+        _no_split(spec, "a pattern of files")
         if not files:
             raise DataError(f"data source {spec.source}: no file matches this pattern")
     else:
@@ -288,6 +291,14 @@ def _read_path(keep: _Keeper, spec: SourceSpec) -> str:
     except _Full:
         pass
     return sha.hexdigest()
+
+
+def _no_split(spec: SourceSpec, what: str) -> None:
+    if spec.split is not None:
+        raise DataError(
+            f"data source {spec.source}: split = {spec.split!r}, but {what} has no splits; leave "
+            "`split` out, or give a folder with files named by their split"
+        )
 
 
 def _files_of_folder(folder: Path, split: str | None) -> list[Path]:
@@ -441,7 +452,7 @@ def _read_json(path: Path, keep: _Keeper) -> None:
         column = error.position - (text.rfind("\n", 0, error.position) + 1) + 1
         raise DataError(f"{path}:{line}: column {column}: not JSON: {error.reason}") from None
     if len(values) == 1 and not text.lstrip().startswith("[") and isinstance(values[0][0], dict):
-        # one object: a container of rows under some key, or a single row
+        # one object: a container of rows under some key, or a single row (perhaps of messages)
         lists = {
             k: v
             for k, v in values[0][0].items()
@@ -450,7 +461,7 @@ def _read_json(path: Path, keep: _Keeper) -> None:
         if (
             len(lists) == 1
             and len(values[0][0]) <= 3
-            and "role" not in next(iter(lists.values()))[0]
+            and not {"role", "from"} & next(iter(lists.values()))[0].keys()
         ):
             for index, row in enumerate(next(iter(lists.values()))):
                 keep.add(row, Origin(str(path), row=index))
@@ -599,6 +610,8 @@ def _read_saved(path: Path, spec: SourceSpec) -> Iterable[Mapping[str, Any]]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"data source {path}: damaged saved dataset: {reason}") from error
+    if not hasattr(found, "keys"):
+        _no_split(spec, "a single saved dataset")
     return _choose_split(found, spec)
 
 

@@ -233,7 +233,8 @@ def render(
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            begin, end = chat(index, True), chat(index + 1, False)
+            end = chat(index + 1, False)
+            begin = chat(index, True) if index else _opening(chat)
             if not end.startswith(begin):
                 # some prompts for a reply open a block the finished turn lacks (<think>)
                 begin = _common(begin, end) if end.startswith(chat(index, False)) else ""
@@ -252,6 +253,16 @@ def render(
             at = cut
         pieces.append((whole[at:], False))
     return [(kit.show(kit.alias(text)), mask) for text, mask in pieces if text]
+
+
+def _opening(chat: Callable[[int, bool], str]) -> str:
+    """What stands before the reply of a chat that begins with one."""
+    try:
+        return chat(0, True)
+    except RowError:  # many templates look at the first message: without one they fail
+        turn = chat(1, False)
+    heading = chat(1, True).removeprefix(turn)
+    return turn[: turn.find(heading) + len(heading)] if heading in turn else ""
 
 
 def _common(a: str, b: str) -> str:

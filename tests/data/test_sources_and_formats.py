@@ -427,3 +427,68 @@ def test_the_line_that_would_mend_columns_does(write, name):
     [source] = load("sft", [], ["model=./m", line]).data.train
     [example] = read(load_rows(source.model_dump())).examples
     assert (example.prompt, example.completion) == ("Say hello.", "Hello.")
+
+
+def test_a_prompt_beside_replies_alone_comes_before_them(write):
+    user, system = ({"role": role, "content": role} for role in ("user", "system"))
+    good, bad = ({"role": "assistant", "content": text} for text in ("good", "bad"))
+
+    def prompt(chosen, rejected):
+        row = {"prompt": "user", "chosen": chosen, "rejected": rejected}
+        [found] = read(load_rows(write(row)))
+        assert (found.chosen, found.rejected) == ([good], [bad])
+        return found.prompt
+
+    assert prompt([good], [bad]) == [user]
+    assert prompt([system, good], [system, bad]) == [system, user]
+    assert prompt([user, good], [user, bad]) == [user]
+    assert prompt([system, user, good], [system, user, bad]) == [system, user]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"info": {"post": "p"}, "summaries": [{"txt": "a"}] * 2, "choice": 0}, "'summaries' must"),
+        ({"info": {"post": "p"}, "summaries": ["a", "b"], "choice": 0}, "'summaries' must"),
+        ({"messages": {"role": ["user"], "content": ["a"]}}, r"role \['user'\] is not known"),
+        ({"chosen": "a", "rejected": "b", "margin": 10**400}, "'margin' must be a number"),
+        ({"input_ids": [1, -5]}, "'input_ids' holds -5"),
+        ({"input_ids": [1, 2**31]}, "'input_ids' holds 2147483648"),
+    ],
+)
+def test_odd_values_are_bad_rows(write, row, said):
+    with pytest.raises(RowError, match=f"rows.jsonl:1.*{said}"):
+        read(load_rows(write(row)))
+
+
+def test_a_choice_may_be_written_as_a_float(write):
+    summaries = [{"text": "a"}, {"text": "b"}]
+    [found] = read(load_rows(write({"info": {"post": "p"}, "summaries": summaries, "choice": 1.0})))
+    assert (found.chosen, found.rejected) == (" b", " a")
+
+
+def test_a_text_after_a_chat_is_the_assistants(write):
+    chat = [{"role": "user", "content": "a"}]
+    for more in ({}, {"label": True}):
+        [found] = read(load_rows(write({"prompt": chat, "completion": "b", **more})))
+        assert found.prompt == chat
+        assert found.completion == [{"role": "assistant", "content": "b"}]
+
+
+def test_a_split_of_one_file_is_refused(tmp_path):
+    written(tmp_path, "jsonl")
+    for source, what in (("rows.jsonl", "a file"), ("*.jsonl", "a pattern of files")):
+        with pytest.raises(DataError, match=f"split = 'test', but {what} has no splits"):
+            load_rows({"source": str(tmp_path / source), "split": "test"})
+
+
+def test_one_chat_in_a_json_file_is_one_row(tmp_path):
+    chat = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    (tmp_path / "one.json").write_text(json.dumps(chat))
+    assert load_rows(str(tmp_path / "one.json")).rows == [chat]
+
+
+def test_statements_without_a_partner_are_counted(write):
+    rows = [{"sentence": f"s{i}", "label": int(i < 3)} for i in range(8)]
+    found = read(load_rows(write(*rows)))
+    assert (len(found), found.spare) == (3, 2)

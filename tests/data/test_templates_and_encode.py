@@ -212,7 +212,7 @@ def test_truncation_at_every_length(policy, story_tokenizer, write):
     for n in range(25):
         path = write({**row, "prompt": "b" * n, "completion": "a" * (24 - n) + "z"}, row)
         if policy == "error":
-            with pytest.raises(DataError, match=r"rows.jsonl:1: .*more than max_length = 12"):
+            with pytest.raises(DataError, match=r"rows.jsonl:1: .*more than data.max_length = 12"):
                 encode_lm(path, story_tokenizer, max_length=limit, truncation=policy)
             continue
         rows = encode_lm(path, story_tokenizer, max_length=limit, truncation=policy)
@@ -361,7 +361,13 @@ def test_write_pairs_gives_rows_that_train(write, tmp_path, story_tokenizer):
         {"prompt": "q", "completions": [" a", " b"], "ratings": [1, 1]},
     )
     out = tmp_path / "out" / "pairs.jsonl"
-    assert write_pairs(source, out) == {"examples": 2, "pairs": 3, "ties": 1, "bad rows": 0}
+    assert write_pairs(source, out) == {
+        "examples": 2,
+        "pairs": 3,
+        "ties": 1,
+        "bad rows": 0,
+        "spare rows": 0,
+    }
     direct = encode_pairs(source, story_tokenizer)
     again = encode_pairs(str(out), story_tokenizer)
     assert direct.chosen.tokens.tolist() == again.chosen.tokens.tolist()
@@ -396,3 +402,47 @@ def test_show_marks_what_is_trained_and_lets_no_escape_through(write, story_toke
         out = io.StringIO()
         show.show(write(rows), story_tokenizer, file=out)
         assert "1 rows" in out.getvalue()
+
+
+def test_every_row_is_scored_or_named(story_tokenizer, write):
+    rows = [
+        {"prompt": "a", "completion": " b", "chosen": " c", "rejected": " d", "label": 0},
+        {"prompt": "a", "completion": ""},
+        {"prompt": "a", "completion": "  "},
+        {"prompt": "", "completion": "b"},
+    ]
+    found = encode_lm(write(*rows), story_tokenizer, append_eos=False, every_row=True)
+    texts = [decode(story_tokenizer, r.tokens[r.completion_mask]) for r in found]
+    assert [text.strip() for text in texts] == ["b", "", "", "b"]
+    assert [int(row.completion_mask.sum()) > 0 for row in found] == [True, False, True, True]
+
+    user, reply = ([{"role": role, "content": "a"}] for role in ("user", "assistant"))
+    chats = [{"prompt": user, "completion": turn} for turn in (reply, user)]
+    sentences = [{"sentence": f"s{i}", "label": i} for i in range(2)]
+    for rows, said in (
+        ([{"input_ids": [1, 2]}, {"input_ids": []}], "rows.jsonl:2: no tokens: it cannot be"),
+        (chats, "rows.jsonl:2: no assistant turn in the completion: it cannot be scored"),
+        (sentences, "format 'labelled_sentence' makes one example of several rows"),
+    ):
+        source = write(*rows)
+        with pytest.raises(DataError, match=said):
+            encode_lm(source, story_tokenizer, template="plain", every_row=True)
+
+
+def test_rows_without_a_partner_are_counted_as_dropped(story_tokenizer, write):
+    rows = [{"sentence": f"s{i}", "label": int(i < 3)} for i in range(8)]
+    dropped = encode_pairs(write(*rows), story_tokenizer).counts.dropped
+    assert dropped == {"without a row of the other side to pair with": 2}
+
+
+def test_a_chat_may_begin_with_the_assistant(full, write):
+    """Also where the template looks at the first message, of which no messages have none."""
+    chat = [{"role": "assistant", "content": "Hello!"}, *CHAT[1:3]]
+    first = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}{% endif %}"
+    for source in (TEMPLATES["chatml"].source, first + TEMPLATES["chatml"].source):
+        full.chat_template = source
+        try:
+            row = encode_lm(write({"messages": chat}), full).row(0)
+        finally:
+            full.chat_template = None
+        assert trained(full, row) == "Hello!<|im_end|>It is 5.<|im_end|>"
