@@ -234,7 +234,10 @@ def report(config: Any) -> int:
     from jaxrlhf.report import write_report
 
     runs = [Path(run) for run in config.runs]
-    page = write_report(runs, Path(config.output) if config.output is not None else runs[0])
+    place = Path(config.output or config.output_dir or runs[0])
+    if config.output is None and place.suffix != ".html":
+        place /= "report.html"
+    page = write_report(runs, place)
     print(page)
     return 0
 

@@ -255,6 +255,9 @@ class ScoreConfig(StageConfig):
     max_length: Positive = Field(
         default=512, description="longest row, tokens; a longer one is an error"
     )
+    template: str | None = Field(
+        default=None, description="chat template for rows that are messages; null = the tokenizer's"
+    )
     append_eos: bool = Field(
         default=False,
         description="end each row with EOS, as what a reward model learns from ends: "

@@ -77,6 +77,7 @@ def show(
     template: str | None = None,
     truncation: str = "left",
     completion_only: bool | None = None,
+    append_eos: bool = True,
     on_bad_row: OnBadRow = "skip",
     seed: int = 0,
     file: IO[str] | None = None,
@@ -100,9 +101,11 @@ def show(
     }
     data: RowSet | PairSet | PromptSet
     if stage == "lm":
-        data = encode.encode_lm(source, tokenizer, completion_only=completion_only, **shared)
+        data = encode.encode_lm(
+            source, tokenizer, completion_only=completion_only, append_eos=append_eos, **shared
+        )
     elif stage == "pairs":
-        data = encode.encode_pairs(source, tokenizer, **shared)
+        data = encode.encode_pairs(source, tokenizer, append_eos=append_eos, **shared)
     elif stage == "prompts":
         data = encode.encode_prompts(source, tokenizer, **shared)
     else:

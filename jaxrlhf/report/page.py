@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
+from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.report import curves, lineage, preference, samples, tables, verdict
 from jaxrlhf.report.html import Element, h, render
 from jaxrlhf.report.models import Model, find_models
@@ -34,10 +35,15 @@ def write(folders: list[Path], output: Path) -> Path:
     page = render(document(title, runs))
     if output.is_dir():
         output = output / "report.html"
-    output.parent.mkdir(parents=True, exist_ok=True)
     part = output.with_name(output.name + ".part")
-    part.write_bytes(page)
-    os.replace(part, output)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(page)
+        os.replace(part, output)
+    except OSError as error:
+        raise JaxrlhfError(
+            f"the report {output} cannot be written: {error.strerror}; name another place (-o)"
+        ) from error
     return output
 
 

@@ -26,7 +26,7 @@ class Sampled(NamedTuple):
 
 def bucket(length: int, limit: int | None = None) -> int:
     """The bucket that prompts of `length` tokens are padded to: a doubling of SHORTEST, but not
-    above `limit` (a model's last learned position)."""
+    above `limit` (what a model's last position leaves)."""
     size = SHORTEST
     while size < length:
         size *= 2
@@ -68,6 +68,7 @@ def make_sampler(
         put: moves a [B, ...] or [B] host array to the devices (shards its rows on a mesh).
     """
     check_settings(temperature, top_k, top_p, min_p)
+    learned = config.position == "learned"
     if batch_size < 1 or row_multiple < 1 or batch_size % row_multiple:
         raise ValueError(
             f"batch_size = {batch_size}: a positive multiple of row_multiple = {row_multiple}"
@@ -101,8 +102,8 @@ def make_sampler(
             raise ValueError(f"prompts {empty[:8]} have no tokens: begin them with the BOS token")
         ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
         limit = None
-        if config.position == "learned":
-            limit = config.max_positions - max_new_tokens - virtual_tokens(params)
+        if (room := config.max_positions if learned else config.rope_limit) is not None:
+            limit = room - max_new_tokens - virtual_tokens(params)
         by_bucket: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             by_bucket.setdefault(bucket(len(prompt), limit), []).append(i)

@@ -26,6 +26,7 @@ from jaxrlhf.parallel.rules import batch_sharding, put_batch
 from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.functions import call_reward, load_function
 from jaxrlhf.stages.models import Model, open_model
+from jaxrlhf.stages.room import check_sampling
 from jaxrlhf.stages.training import check_fits
 from jaxrlhf.types import LMBatch, Params, Rollout
 
@@ -115,6 +116,7 @@ def make_completer(
     def complete(params: Params, prompts: PromptSet, n: int, key: jax.Array) -> Completions:
         index = np.repeat(np.arange(len(prompts)), n)
         ids = [prompts.prompt_ids(int(i)).tolist() for i in index]
+        check_sampling(model, int(prompts.lengths.max()), sampling.max_new_tokens)
         found = sampler(params, ids, key)
         texts = [
             decode_continuation(model.tokenizer, prompt, without_stop(sample, model.tokenizer))

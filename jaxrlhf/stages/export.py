@@ -23,6 +23,7 @@ from jaxrlhf.parallel.distributed import from_primary, is_primary
 from jaxrlhf.stages.adapted import merged, write_adapter
 from jaxrlhf.stages.card import export_card, merged_note
 from jaxrlhf.stages.models import Model, open_model, quantized_base
+from jaxrlhf.stages.outputs import check_output
 from jaxrlhf.stages.reward import unused_token
 from jaxrlhf.stages.rundir import whole_folder, write_tokenizer
 from jaxrlhf.train.digest import content_digest
@@ -33,14 +34,15 @@ ROWS, LENGTH = 4, 64  # of the random tokens that are compared
 
 def export(config: ExportConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
     """A model as an HF folder (an adapter merged into it) or an adapter as a PEFT folder."""
+    folder = Path(config.output) if config.output else output / "export"
+    check_output(folder, folder=True)
+    if from_primary(folder.exists() and any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: nothing there is overwritten; name another -o")
     model = _to_export(config, mesh)
     if config.format != "hf" and model.adapted is None:
         raise ConfigError(
             f"format = {config.format}: {model.source} is no adapter but a whole model; say hf"
         )
-    folder = Path(config.output) if config.output else output / "export"
-    if from_primary(folder.exists() and any(folder.iterdir())):
-        raise ConfigError(f"{folder} is not empty: nothing there is overwritten; name another -o")
     pad = unused_token(model) if model.kind == "reward" else None
     with whole_folder(folder) as partial:
         checks = _write(config, model, partial, pad)

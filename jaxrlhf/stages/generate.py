@@ -10,18 +10,29 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config.stages import GenerateConfig
 from jaxrlhf.data.encode import PromptSet, encode_prompts
+from jaxrlhf.data.show import escape
+from jaxrlhf.data.sources import SKIPPING
 from jaxrlhf.parallel.distributed import is_primary
 from jaxrlhf.stages.completions import Completions, make_completer
 from jaxrlhf.stages.models import Model, open_model
-from jaxrlhf.stages.rows import source_specs
+from jaxrlhf.stages.outputs import check_output, write_jsonl
+from jaxrlhf.stages.rows import renamed, source_specs
 from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
+
+# What the stage calls the settings of data that errors about prompts speak of.
+KEYS = {
+    "data.max_length": "max_prompt_length",
+    "data.truncation": "truncation",
+    "data.template": "template",
+    SKIPPING: "",
+}
 
 
 def prompts_of(config: GenerateConfig, model: Model) -> PromptSet:
     """The prompts given as text, then those of the sources."""
     specs: list[Any] = source_specs(config.prompts)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, renamed(KEYS):
         if config.prompt:
             file = Path(folder) / "prompt.jsonl"
             rows = [json.dumps({"prompt": text}) + "\n" for text in config.prompt]
@@ -51,12 +62,13 @@ def generate(
     config: GenerateConfig, output: Path, mesh: Mesh
 ) -> tuple[dict[str, float], list[str]]:
     """Writes the completions; prints them where the prompts were given as text."""
-    found = completions_of(config, mesh)
     path = Path(config.output) if config.output else output / "completions.jsonl"
+    check_output(path)
+    found = completions_of(config, mesh)
     if is_primary():
         if config.prompt and not config.prompts:
             for prompt, text in zip(found.prompts, found.texts, strict=True):
-                print(f"{prompt}{text}\n", flush=True)
+                print(escape(f"{prompt}{text}\n"), flush=True)
         if config.output or output != Path():
             write_jsonl(path, rows_of(found))
             print(f"generate: {len(found)} completions in {path}", flush=True)
@@ -69,24 +81,14 @@ def generate(
 
 
 def rows_of(found: Completions) -> list[dict[str, Any]]:
-    """Completions as rows of a jsonl file; the prompt's other columns come along."""
-    return [
-        {
-            "prompt": found.prompts[i],
-            "completion": found.texts[i],
-            "token_ids": found.token_ids[i],
-            "logprobs": found.logprobs[i],
-            "finish_reason": found.finish_reasons[i],
-            **{name: values[i] for name, values in found.columns.items()},
-        }
-        for i in range(len(found))
-    ]
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
-    """A jsonl file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8", newline="\n") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    partial.rename(path)
+    """Completions as rows of a jsonl file. The prompt's other columns come along, save those that
+    have the name of what was sampled."""
+    sampled = {
+        "prompt": found.prompts,
+        "completion": found.texts,
+        "token_ids": found.token_ids,
+        "logprobs": found.logprobs,
+        "finish_reason": found.finish_reasons,
+    }
+    columns = sampled | {k: v for k, v in found.columns.items() if k not in sampled}
+    return [{name: values[i] for name, values in columns.items()} for i in range(len(found))]

@@ -14,7 +14,6 @@ from typing import Any
 from jax.sharding import Mesh
 
 from jaxrlhf.config.stages import GenerateConfig, ScoreConfig
-from jaxrlhf.data.encode import encode_lm
 from jaxrlhf.data.tokenizer import ids_digest
 from jaxrlhf.errors import ModelError
 from jaxrlhf.models.weights import KIND_NAMES
@@ -22,7 +21,7 @@ from jaxrlhf.parallel.rules import use_mesh
 from jaxrlhf.stages.completions import make_completer
 from jaxrlhf.stages.generate import prompts_of
 from jaxrlhf.stages.models import Model, another_adapter, open_model
-from jaxrlhf.stages.score import make_scorer, score_rows
+from jaxrlhf.stages.score import make_scorer, score_rows, scored_rows
 from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
 
@@ -87,15 +86,7 @@ class LoadedModel:
             pairs = zip(prompts, completions, strict=True)
             lines = [json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs]
             file.write_text("".join(lines), encoding="utf-8")
-            rows = encode_lm(
-                [{"source": str(file)}],
-                self.model.tokenizer,
-                max_length=config.max_length,
-                truncation="error",
-                append_eos=config.append_eos,
-                vocab_size=self.model.config.vocab_size,
-                seed=config.seed,
-            )
+            rows = scored_rows([{"source": str(file)}], config, self.model)
             found = score_rows(self._programs[key], self.model, rows, config, self._mesh)
         name = "reward" if self.model.kind == "reward" else "logprob"
         return [row[name] for row in found]

@@ -63,6 +63,7 @@ from jaxrlhf.stages.completions import (
 from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_model, trunk
 from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
+from jaxrlhf.stages.room import sampled_positions
 from jaxrlhf.stages.rows import prompt_rows
 from jaxrlhf.stages.talking import talking
 from jaxrlhf.train.signals import crash_point
@@ -104,7 +105,7 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         episodes // group,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        length=-(-int(prompts.lengths.max()) // 8) * 8,  # one shape for the whole run
+        length=one_length(prompts, policy, new_tokens),
     )
     rows = episodes // config.rl.minibatches
     scored = min(rows, plan.microbatch_size * plan.shards)
@@ -182,6 +183,14 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         show=("reward", "kl", "objective"),
         notes=notes,
     )
+
+
+def one_length(prompts: PromptSet, policy: Model, new_tokens: int) -> int:
+    """What all prompts are padded to, one shape for the whole run: a multiple of 8, where the
+    model's positions leave that much."""
+    longest = int(prompts.lengths.max())
+    padded, limit = -(-longest // 8) * 8, sampled_positions(policy)
+    return padded if limit is None else max(longest, min(padded, limit - new_tokens))
 
 
 def make_rollout(config: PPOConfig, policy: Model, mesh: Mesh) -> Callable[..., Rollout]:

@@ -1,18 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """`data.*` to encoded rows: the one place where settings become arguments of the data functions."""
 
+import contextlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jaxrlhf.config.data import DataSection, Source
 from jaxrlhf.config.train import TrainSection
 from jaxrlhf.data.batches import Batches, folds, leaks, split_by_fraction
 from jaxrlhf.data.encode import PairSet, PromptSet, RowSet, encode_lm, encode_pairs, encode_prompts
+from jaxrlhf.errors import DataError
 from jaxrlhf.stages.models import Model
+from jaxrlhf.stages.room import check_rows, check_sampling
 
 Rows = TypeVar("Rows", RowSet, PairSet, PromptSet)
+
+
+@contextlib.contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors of the data functions speak of `data.*`: here they do under a stage's own names.
+
+    Args:
+        names: {what they say: what the stage says, or nothing where it has no such setting}.
+    """
+    try:
+        yield
+    except DataError as error:
+        text = str(error)
+        for theirs, ours in names.items():
+            text = text.replace(theirs, ours)
+        raise type(error)(text) from error
 
 
 def source_specs(sources: Sequence[Source]) -> list[dict[str, Any]]:
@@ -21,15 +40,21 @@ def source_specs(sources: Sequence[Source]) -> list[dict[str, Any]]:
 
 
 def _both(
-    data: DataSection, encode: Callable[[list[dict[str, Any]], int], Rows], seed: int
+    data: DataSection,
+    encode: Callable[[list[dict[str, Any]], int], Rows],
+    check: Callable[[Rows], None],
+    seed: int,
 ) -> tuple[Rows, Rows | None, list[str]]:
-    """(train, eval or None, lines about both). `encode` gets sources and the seed of pairings."""
+    """(train, eval or None, lines about both). `encode` gets sources and the seed of pairings;
+    `check` refuses what the model cannot read."""
     seed = seed if data.seed is None else data.seed
     train = encode(source_specs(data.train), seed)
+    check(train)
     held_out: Rows | None = None
     lines = []
     if data.eval:
         held_out = encode(source_specs(data.eval), seed)
+        check(held_out)
         if shared := leaks(train, held_out):
             lines.append(
                 f"warning: {shared} of {len(held_out)} held-out rows have a prompt of data.train"
@@ -61,6 +86,7 @@ def lm_rows(data: DataSection, model: Model, seed: int) -> tuple[RowSet, RowSet 
             vocab_size=model.config.vocab_size,
             seed=seed,
         ),
+        lambda rows: check_rows(rows, model),
         seed,
     )
 
@@ -82,6 +108,7 @@ def pair_rows(
             vocab_size=model.config.vocab_size,
             seed=seed,
         ),
+        lambda rows: check_rows(rows, model),
         seed,
     )
 
@@ -103,6 +130,7 @@ def prompt_rows(
             vocab_size=model.config.vocab_size,
             seed=seed,
         ),
+        lambda prompts: check_sampling(model, int(prompts.lengths.max()), max_new_tokens),
         seed,
     )
 

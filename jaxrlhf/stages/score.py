@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Log-probs or rewards of given completions.
 
-`prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS only with `append_eos`.
+`prompt + completion` is the exact text: BOS as the tokenizer adds it, EOS only with `append_eos`; a
+chat ends its turns as its template does. Each row of the data gives one row, in order.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +15,23 @@ from jax.sharding import Mesh
 
 from jaxrlhf.config.data import DataSection
 from jaxrlhf.config.stages import ScoreConfig
-from jaxrlhf.data.encode import encode_lm
+from jaxrlhf.data.encode import SHORTENING, RowSet, encode_lm
+from jaxrlhf.data.sources import SKIPPING, Source
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.parallel.distributed import is_primary, to_host
 from jaxrlhf.parallel.rules import put_batch
-from jaxrlhf.stages.generate import write_jsonl
 from jaxrlhf.stages.models import Model, open_model
-from jaxrlhf.stages.rows import evaluation_batches, source_specs
+from jaxrlhf.stages.outputs import check_output, write_jsonl
+from jaxrlhf.stages.room import check_rows
+from jaxrlhf.stages.rows import evaluation_batches, renamed, source_specs
 
 
 def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, float], list[str]]:
     """Rows {logprob, token_logprobs, token_ids} of a language model, {reward} of a reward model."""
+    path = Path(config.output) if config.output else output / "scores.jsonl"
+    check_output(path)
     model = open_model(config.model, mesh, frozen=True)
-    rows = encode_lm(
-        source_specs(config.data),
-        model.tokenizer,
-        max_length=config.max_length,
-        truncation="error",
-        append_eos=config.append_eos,
-        vocab_size=model.config.vocab_size,
-        seed=config.seed,
-    )
+    rows = scored_rows(source_specs(config.data), config, model)
     if model.kind == "reward" and not config.append_eos:
         print(
             "score: note: rows end where their text ends; a reward model learnt to judge at the "
@@ -43,13 +40,43 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
         )
 
     results = score_rows(make_scorer(model), model, rows, config, mesh)
-    path = Path(config.output) if config.output else output / "scores.jsonl"
     name = "reward" if model.kind == "reward" else "logprob"
     mean = float(np.mean([row[name] for row in results]))
     if is_primary():
         write_jsonl(path, results)
         print(f"score: {len(results)} rows, mean {name} {mean:.4g}, in {path}", flush=True)
     return {f"mean_{name}": mean}, [path.name] if path.parent == output else []
+
+
+# What the stage calls the settings of data that errors about rows speak of.
+KEYS = {
+    "data.max_length": "max_length",
+    "data.template": "template",
+    SHORTENING: "",
+    SKIPPING: "",
+}
+
+
+def scored_rows(sources: Sequence[Source], config: ScoreConfig, model: Model) -> RowSet:
+    """Every row of the sources, in order, as it will be scored.
+
+    Raises:
+        DataError: one cannot be scored, or is longer than max_length.
+    """
+    with renamed(KEYS):
+        rows = encode_lm(
+            sources,
+            model.tokenizer,
+            max_length=config.max_length,
+            template=config.template,
+            truncation="error",
+            append_eos=config.append_eos,
+            vocab_size=model.config.vocab_size,
+            seed=config.seed,
+            every_row=True,
+        )
+    check_rows(rows, model, "max_length")
+    return rows
 
 
 Said = Callable[[Any, Any], jax.Array]

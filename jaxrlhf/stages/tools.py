@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small commands around a model or a data set: report, chat, data show, data pairs."""
 
+import io
 import json
+import sys
 import tempfile
 from pathlib import Path
 
@@ -14,9 +16,9 @@ from jaxrlhf.config.stages import (
     DataShowConfig,
     ReportConfig,
 )
-from jaxrlhf.data import pairs
+from jaxrlhf.data import pairs, sources
 from jaxrlhf.data.encode import encode_prompt
-from jaxrlhf.data.show import show
+from jaxrlhf.data.show import escape, show
 from jaxrlhf.data.templates import choose_template
 from jaxrlhf.data.tokenizer import add_control_tokens, decode_continuation, load_tokenizer
 from jaxrlhf.errors import ConfigError
@@ -24,7 +26,9 @@ from jaxrlhf.report import write_report
 from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.completions import stop_ids, without_stop
 from jaxrlhf.stages.models import open_model
-from jaxrlhf.stages.rows import source_specs
+from jaxrlhf.stages.outputs import check_output
+from jaxrlhf.stages.room import check_sampling
+from jaxrlhf.stages.rows import renamed, source_specs
 from jaxrlhf.stages.talking import talking
 from jaxrlhf.stages.training import stage_key
 
@@ -38,12 +42,18 @@ def report(config: ReportConfig, output: Path) -> tuple[dict[str, float], list[s
 
 
 def chat(config: ChatConfig, mesh: Mesh) -> None:
-    """Reads lines from the terminal and answers; an empty line or end of input leaves."""
+    """Reads lines from the terminal and answers; an empty line or end of input leaves.
+
+    What the terminal would obey in an answer is spelled out, what is no UTF-8 in a line replaced.
+    """
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     model = open_model(config.model, mesh, kind="lm", frozen=True)
     sampling = config.sampling
     talks = config.template is not None or model.tokenizer.chat_template is not None
     if talks:
-        model = talking(model, [choose_template(model.tokenizer, config.template)])
+        with renamed({"data.template": "template"}):
+            model = talking(model, [choose_template(model.tokenizer, config.template)])
     tokenizer = model.tokenizer
     sampler = make_sampler(
         model.config,
@@ -72,10 +82,12 @@ def chat(config: ChatConfig, mesh: Mesh) -> None:
         if not line:
             return
         turns.append({"role": "user", "content": line})
-        ids = encode_prompt(turns if talks else line, tokenizer, template=config.template)
+        with renamed({"data.template": "template"}):
+            ids = encode_prompt(turns if talks else line, tokenizer, template=config.template)
+        check_sampling(model, len(ids), sampling.max_new_tokens)
         [found] = sampler(model.params, [ids], jax.random.fold_in(key, number))
         text = decode_continuation(tokenizer, ids, without_stop(found, tokenizer))
-        print(text.strip() if talks else line + text, flush=True)
+        print(escape(text.strip() if talks else line + text), flush=True)
         turns.append({"role": "assistant", "content": text.strip()})
         number += 1
 
@@ -99,6 +111,7 @@ def data_show(config: DataShowConfig) -> None:
         template=data.template,
         truncation=data.truncation,
         completion_only=data.completion_only,
+        append_eos=data.append_eos,
         on_bad_row=data.on_bad_row,
         seed=config.seed,
     )
@@ -107,9 +120,12 @@ def data_show(config: DataShowConfig) -> None:
 def data_pairs(config: DataPairsConfig) -> None:
     """Rankings or ratings to pairs, into a file or onto standard output."""
     specs = source_specs(config.data)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, renamed({sources.SKIPPING: ""}):
         path = Path(config.output) if config.output else Path(folder) / "pairs.jsonl"
-        counts = pairs.write_pairs(specs, path, how=config.pairs, ties=config.ties)
+        check_output(path)
+        counts = pairs.write_pairs(
+            specs, path, how=config.pairs, ties=config.ties, seed=config.seed
+        )
         if config.output:
             print(f"data pairs: {json.dumps(counts)} in {path}", flush=True)
         else:

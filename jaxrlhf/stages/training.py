@@ -122,7 +122,6 @@ def run_training(
         key = stage_key(config.seed, command)
         if dry_run:
             recipe = build(config, mesh, key)
-            _check_room(config, recipe)
             _describe(command, config, recipe, mesh)
             return StageResult(output, 0, {}, "dry run: nothing was computed")
         if resume == "auto":
@@ -133,20 +132,8 @@ def run_training(
                 print(f"{command}: in {output}", flush=True)
             lineage.record(output, config)
             recipe = build(config, mesh, key)
-            _check_room(config, recipe)
             _describe(command, config, recipe, mesh)
             return _run(command, config, recipe, mesh, output, resume, stop_requested, again)
-
-
-def _check_room(config: TrainingConfig, recipe: Recipe) -> None:
-    """Refuses rows that virtual tokens push beyond the last learned position."""
-    ahead = 0 if recipe.adapted is None else recipe.adapted.adapter.virtual_tokens
-    limit, length = recipe.architecture.max_positions, config.data.max_length
-    if ahead and recipe.architecture.position == "learned" and ahead + length > limit:
-        raise ConfigError(
-            f"data.max_length = {length} and {ahead} virtual tokens exceed the model's {limit} "
-            f"positions, which are learned: set data.max_length to {limit - ahead} or less"
-        )
 
 
 def _check_resumable(

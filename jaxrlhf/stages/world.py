@@ -13,6 +13,7 @@ from jaxrlhf.data import sources
 from jaxrlhf.data.pairs import to_pairs
 from jaxrlhf.data.synthetic import World, label_rankings
 from jaxrlhf.errors import DataError
+from jaxrlhf.stages.rows import renamed
 
 
 def write_world(config: WorldConfig, output: Path) -> tuple[dict[str, float], list[str]]:
@@ -101,7 +102,8 @@ def _grouped(config: LabelConfig) -> list[dict[str, Any]]:
     """Rows {prompt, completions}: the completions of each prompt gathered, in order."""
     grouped: dict[str, list[str]] = {}
     for source in config.completions:
-        found = sources.load_rows(source.model_dump())
+        with renamed({sources.SKIPPING: ""}):
+            found = sources.load_rows(source.model_dump())
         for row, origin in zip(found, found.origins, strict=True):
             if "prompt" not in row or "completion" not in row:
                 raise DataError(f"{origin}: prompt and completion are needed; it has {sorted(row)}")
