@@ -222,7 +222,7 @@ def test_help_names_the_chat_templates_there_are(capsys):
     for command in ("sft", "generate", "chat"):
         cli.main([command, "--help"])
         text = " ".join(capsys.readouterr().out.split())
-        assert f"{', '.join(TEMPLATES)}, or tokenizer" in text
+        assert f"({', '.join(TEMPLATES)}, tokenizer, " in " ".join(text.split())
 
 
 def test_a_missing_pytorch_is_not_advertised(monkeypatch):
@@ -334,3 +334,37 @@ def test_compiled_programs_are_kept_also_where_jax_was_imported_first(tmp_path):
             [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
         )
         assert done.stdout == expected
+
+
+def test_settings_of_sources_named_by_words_are_theirs(stages, capsys):
+    words = ["score", "-m", "./m", "a.jsonl", "b.jsonl"]
+    assert cli.main([*words, "data.format=text", "data.1.limit=3"]) == 0
+    data = stages[0][1].data
+    assert [(s.format, s.limit) for s in data] == [("text", None), ("text", 3)]
+    assert cli.main([*words, "data.on_bad_row=skip"]) == 2
+    assert "data.0.on_bad_row (data.on_bad_row=skip): unknown key" in capsys.readouterr().err
+
+
+def test_a_report_goes_where_it_is_told(stages, monkeypatch, tmp_path):
+    from jaxrlhf import report
+
+    places = []
+    monkeypatch.setattr(report, "write_report", lambda runs, place: places.append(place))
+    run = str(tmp_path / "run")
+    for words in ([], ["--output", "x"], ["--output", "x.html"], ["-o", "y"]):
+        assert cli.main(["report", run, *words]) == 0
+    here = Path.cwd()
+    [first, *others] = places
+    assert first == tmp_path / "run" / "report.html"
+    assert others == [here / "x" / "report.html", here / "x.html", here / "y"]
+
+
+def test_a_place_that_cannot_be_used_is_one_line(stages, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "run"
+    run.mkdir()
+    for place in ("/proc/x.html", str(tmp_path / "file" / "x.html")):
+        assert cli.main(["report", str(run), "-o", place]) == 1
+        text = capsys.readouterr().err
+        assert text.startswith(f"error: the report {place} cannot be written: ")
+        assert len(text.splitlines()) == 1

@@ -106,6 +106,7 @@ def as_list(value: Any) -> Any:
 Int = Annotated[int, BeforeValidator(_number)]
 Float = Annotated[float, BeforeValidator(_number)]
 Natural = Annotated[Int, Ge(0)]
+Seed = Annotated[Int, Ge(0), Lt(2**63)]
 Positive = Annotated[Int, Ge(1)]
 NonNegative = Annotated[Float, Ge(0)]
 PositiveFloat = Annotated[Float, Gt(0)]

@@ -16,9 +16,39 @@ from jaxrlhf.config.base import (
     Positive,
     PositiveFloat,
     Section,
+    Seed,
     SourceName,
     as_list,
 )
+
+Format = Literal[  # keys of data.formats.FORMATS
+    "tokenized",
+    "tldr_comparison",
+    "ultrafeedback",
+    "pandalm",
+    "llmbar",
+    "persona",
+    "labelled_sentence",
+    "chat_preference",
+    "chat_preference_messages",
+    "hh_rlhf",
+    "preference",
+    "ranked",
+    "rated",
+    "stepwise",
+    "unpaired",
+    "unpaired_messages",
+    "prompt_completion",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "seed_task",
+    "question_answer",
+    "prompt",
+    "text",
+]
+# Keys of data.templates.TEMPLATES, and the tokenizer's own by name.
+Template = Literal["chatml", "llama3", "gemma", "plain", "hh", "tokenizer", "own"]
 
 
 class Source(Section):
@@ -38,7 +68,7 @@ class Source(Section):
         description="share of the mixture, relative to the others; null everywhere = all rows of "
         "all sources, once an epoch",
     )
-    format: str | None = Field(
+    format: Format | None = Field(
         default=None, description="how rows are read; null = told by their columns"
     )
     column_map: dict[str, str] = Field(
@@ -47,7 +77,6 @@ class Source(Section):
     limit: Positive | None = Field(default=None, description="only the first so many rows")
 
 
-TEMPLATES = "chatml, llama3, gemma, plain, hh, or tokenizer; null = the tokenizer's own"
 Sources = Annotated[list[Source], BeforeValidator(as_list)]
 
 
@@ -70,9 +99,8 @@ class DataSection(Section):
         description="a row that is too long: stop, leave it out, keep its end (after BOS) or its "
         "start; counted and printed",
     )
-    template: str | None = Field(
-        default=None,
-        description=f"chat template: {TEMPLATES}",
+    template: Template | None = Field(
+        default=None, description="chat template; null = the tokenizer's own"
     )
     completion_only: bool = Field(
         default=True, description="train on completions and assistant turns only, not on prompts"
@@ -98,7 +126,7 @@ class DataSection(Section):
     )
     fold: Natural = Field(default=0, description="which of the folds is held out, from 0")
 
-    seed: Natural | None = Field(
+    seed: Seed | None = Field(
         default=None,
         description="of what eval_fraction or folds hold out and of how statements are paired; "
         "null = the run's seed (folds: 0)",
@@ -115,6 +143,13 @@ class DataSection(Section):
             yield f"{' and '.join(given)} are given together: rows are held out by one of them"
         if self.folds is not None and self.fold >= self.folds:
             yield f"fold = {self.fold} must be below folds = {self.folds}"
+        if self.folds is None and self.fold:
+            yield f"fold = {self.fold} is held out of none: give folds, the number of parts"
+        if not self.shuffle and any(source.weight is not None for source in self.train):
+            yield (
+                "shuffle = false takes rows as they stand in the files; a mixture by weight is "
+                "drawn: leave out train.weight or shuffle"
+            )
 
     @property
     def holds_out(self) -> bool:
@@ -125,6 +160,11 @@ class DataSection(Section):
 class TextDataSection(DataSection):
     """As above, trained from the first token on."""
 
+    truncation: Literal["error", "drop", "left", "right", "split"] = Field(
+        default="left",
+        description="a row that is too long: stop, leave it out, keep its end (after BOS) or its "
+        "start, or cut it into rows; counted and printed",
+    )
     completion_only: bool = Field(
         default=False, description="train on completions and assistant turns only, not on prompts"
     )

@@ -57,9 +57,9 @@ def load(
 
     Args:
         files: YAML files, later ones override earlier ones.
-        overrides: `key.path=value` texts, which override files.
+        overrides: `key.path=value` texts, which override files and keywords.
         second_pass: called with the config; returns errors as `key: message`, or a `Checked`.
-        keywords: settings from Python, dotted or nested; they override everything.
+        keywords: settings from Python, dotted or nested; they override files.
         note: told of every name that was translated.
 
     Raises:
@@ -67,9 +67,9 @@ def load(
     """
     errors: list[str] = []
     trees = [places.read_file(file, errors) for file in files]
-    trees += [places.read_override(text, errors) for text in overrides]
     for key, data in (keywords or {}).items():
         trees.append(places.from_python({key: data}, f"{key}="))
+    trees += [places.read_override(text, errors) for text in overrides]
     section = STAGES[command]
     tree = Value({}, "")
     for part in trees:
@@ -146,6 +146,10 @@ class Indexed(dict[str, Value]):
     """Changes to items of a list, by position: `data.train.0.weight=2`."""
 
 
+class Every(list[Value]):
+    """Changes to all items of a list, `data.train.limit=5`: one item without what makes it one."""
+
+
 def settle(tree: Value, section: type[Section], errors: list[str], prefix: Path_ = ()) -> Value:
     """Dotted keys nested, shorthands spelled out, places absolute, texts as written."""
     shapes = fields(section)
@@ -187,6 +191,9 @@ def _settle_value(value: Value, shape: Shape, errors: list[str], path: Path_) ->
             return value
         items = data if isinstance(data, list) else [value]
         settled = [_settle_value(v, shape.item, errors, (*path, i)) for i, v in enumerate(items)]
+        inner = shape.item.section
+        if isinstance(data, dict) and inner is not None and inner.shorthand not in settled[0].data:
+            settled = Every(settled)
         return dataclasses.replace(value, data=settled, text=None)
     if shape.kind == "scalar":
         if shape.text and value.text is not None and not isinstance(data, str):
@@ -253,6 +260,21 @@ def merge(old: Value, new: Value, once: tuple[list[str], str] | None = None) -> 
                 else:
                     items.append(value)
             return dataclasses.replace(old, data=items)
+        if isinstance(old.data, Indexed):
+            both = Indexed(old.data)
+            for index, value in new.data.items():
+                inner = (once[0], f"{once[1]}.{index}") if once else None
+                both[index] = merge(both[index], value, inner) if index in both else value
+            return dataclasses.replace(new, data=both)
+        return new
+    if isinstance(new.data, Every):
+        if isinstance(old.data, Indexed):
+            each = Indexed({index: merge(item, new.data[0]) for index, item in old.data.items()})
+            return dataclasses.replace(old, data=each)
+        if isinstance(old.data, list) and old.data:
+            return dataclasses.replace(
+                old, data=type(old.data)(merge(item, new.data[0]) for item in old.data)
+            )
         return new
     if isinstance(old.data, dict) and isinstance(new.data, dict):
         merged = dict(old.data)

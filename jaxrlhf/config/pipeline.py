@@ -104,8 +104,13 @@ def load_pipeline(
     seed = _seed(top.get("seed"), errors)
     stem = Path(files[0]).stem if files else "pipeline"
     output = f"runs/{stem}"
-    if (given := top.get("output_dir")) is not None and isinstance(given.data, str):
-        output = locate(given.data, "path", given.base)
+    if (given := top.get("output_dir")) is not None:
+        # As it was written: a folder may be called 20240601.
+        name = given.data if isinstance(given.data, str) else given.text
+        if name:
+            output = locate(name, "path", given.base)
+        else:
+            errors.append(f"output_dir ({given.place}): expected a path; got {places.kind(given)}")
     planner = _Planner(seed, top.get("defaults"), second_pass, note, errors)
     for name, _ in entries:
         planner.add(name, named[name])
@@ -225,9 +230,12 @@ def _later(entry: Value, tree: Value) -> dict[str, Value]:
 def _seed(value: Value | None, errors: list[str]) -> int:
     if value is None:
         return 0
-    if isinstance(value.data, int) and not isinstance(value.data, bool) and value.data >= 0:
+    whole = isinstance(value.data, int) and not isinstance(value.data, bool)
+    if whole and 0 <= value.data < 2**63:
         return value.data
-    errors.append(f"seed ({value.place}): expected a whole number >= 0; got {places.kind(value)}")
+    errors.append(
+        f"seed ({value.place}): expected a whole number >= 0 and < 2**63; got {places.kind(value)}"
+    )
     return 0
 
 
@@ -257,6 +265,11 @@ class _Planner:
                 self._flatten(inner, f"{prefix}.{key}" if prefix else key)
         elif prefix:
             self.defaults.append((prefix, value))
+        elif not isinstance(value.data, dict) and value.data is not None:
+            self.errors.append(
+                f"defaults ({value.place}): expected a mapping of keys to values; got "
+                f"{places.kind(value)}"
+            )
 
     def _defaults_for(self, stage: str, section: type[Section]) -> Value:
         tree = Value({}, "")

@@ -40,9 +40,9 @@ class _Core(yaml.SafeLoader):
 
 _NULL = re.compile(r"(?:~|null|Null|NULL|)")
 _BOOL = re.compile(r"(?:true|True|TRUE|false|False|FALSE)")
-_INT = re.compile(r"[-+]?[0-9][0-9_]*")
+_INT = re.compile(r"[-+]?[0-9]+(?:_[0-9]+)*")
 _HEX = re.compile(r"0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9][0-9_]*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
+_FLOAT = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:_[0-9]+)*(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?")
 _SPECIAL = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _VARIABLE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
 
@@ -87,7 +87,7 @@ def expand(text: str, place: str, errors: list[str], env: Mapping[str, str] | No
 
 def read_file(file: str | Path, errors: list[str]) -> Value | None:
     """The mapping in a YAML file; what is wrong with the file is appended to `errors`."""
-    path = Path(file).expanduser()
+    path = Path(os.path.expanduser(file))  # a user that is not known stays as it is
     try:
         raw = path.read_bytes()
     except OSError as error:

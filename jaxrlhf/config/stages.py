@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -12,16 +12,16 @@ from jaxrlhf.config.base import (
     CONTENT,
     FREE,
     ModelName,
-    Natural,
     OpenShare,
     PathName,
     Positive,
     Section,
+    Seed,
     SourceName,
     Where,
     as_list,
 )
-from jaxrlhf.config.data import TEMPLATES, DataSection, Source, Sources, TextDataSection
+from jaxrlhf.config.data import DataSection, Source, Sources, Template, TextDataSection
 from jaxrlhf.config.evaluation import EvaluationSection
 from jaxrlhf.config.loss import LMLossSection, PreferenceLossSection, RewardLossSection
 from jaxrlhf.config.mesh import Mesh
@@ -38,7 +38,12 @@ from jaxrlhf.config.sampling import ChatSamplingSection, RLSamplingSection, Samp
 from jaxrlhf.config.train import TrainSection
 from jaxrlhf.config.world import WorldSizes
 
-Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(as_list), FREE]
+
+def _trackers(value: Any) -> Any:
+    return [] if value == "none" or value == ["none"] else as_list(value)
+
+
+Trackers = Annotated[list[Literal["tensorboard", "wandb"]], BeforeValidator(_trackers), FREE]
 Comparisons = Literal["all", "adjacent", "best_worst", "apart"]  # keys of data.pairs.RANKINGS
 Models = Annotated[list[ModelName], BeforeValidator(as_list)]
 # Run directories that are read: what lies in them is an input, unlike a path that is written to.
@@ -53,7 +58,7 @@ class StageConfig(Section):
     # Dotted fields without which the stage cannot start, and how each is usually given.
     needs: ClassVar[dict[str, str]] = {}
 
-    seed: Natural = Field(default=0, description="everything random is a function of it")
+    seed: Seed = Field(default=0, description="everything random is a function of it")
     output_dir: PathName | None = Field(
         default=None, description="the run directory; null = runs/<stage>-<time>"
     )
@@ -69,12 +74,15 @@ class StageConfig(Section):
 
 MODEL = "give a run directory, an HF folder or a hub name, e.g. model=PATH (or -m PATH)"
 TRAIN_ROWS = "give rows to learn from, e.g. data.train=rows.jsonl"
+WHOLE_ROWS = "prompts are cut by themselves in ppo only; data.max_length bounds the whole row"
 
 
 class TrainingConfig(StageConfig):
     """What every stage that trains has."""
 
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL, "data.train": TRAIN_ROWS}
+    # Keys of data that this stage has no use for, and why.
+    unread: ClassVar[dict[str, str]] = {"max_prompt_length": WHOLE_ROWS}
 
     model: TrainedModelSection = TrainedModelSection()
     data: DataSection = DataSection()
@@ -83,7 +91,7 @@ class TrainingConfig(StageConfig):
     optim: OptimSection = OptimSection()
     track: Trackers = Field(
         default=["tensorboard"],
-        description="where metrics go besides metrics.jsonl: tensorboard, wandb",
+        description="where metrics go besides metrics.jsonl: tensorboard, wandb; none",
     )
 
     def contradictions(self) -> Iterator[str]:
@@ -101,6 +109,10 @@ class TrainingConfig(StageConfig):
                 f"{trains} they would train: rounded to a few values, they cannot move by small "
                 "steps. Train an adapter on them (model.lora.rank=16), or leave quantize out"
             )
+        for key, why in self.unread.items():
+            value = getattr(self.data, key)
+            if value != type(self.data).model_fields[key].default:
+                yield f"data.{key} = {str(value).lower()} changes nothing here: {why}"
         watched = self.train.eval_every is not None or self.train.keep_best is not None
         if watched and not self.data.holds_out:
             key = "keep_best" if self.train.keep_best is not None else "eval_every"
@@ -135,10 +147,17 @@ class SFTConfig(TrainingConfig):
     loss: LMLossSection = LMLossSection()
 
 
+COMPARED = {
+    "max_prompt_length": WHOLE_ROWS,
+    "completion_only": "what is compared are completions, after the same prompt",
+}
+
+
 class RewardConfig(TrainingConfig):
     """A reward model from comparisons; data.train holds prompt, chosen, rejected."""
 
     summary: ClassVar[str] = "a reward model from comparisons"
+    unread: ClassVar[dict[str, str]] = COMPARED
     loss: RewardLossSection = RewardLossSection()
 
 
@@ -146,6 +165,7 @@ class DPOConfig(TrainingConfig):
     """Every offline preference loss (loss.name)."""
 
     summary: ClassVar[str] = "a policy straight from comparisons (DPO; loss.name picks the loss)"
+    unread: ClassVar[dict[str, str]] = COMPARED
     reference: ModelName | None = Field(
         default=None, description="the frozen model stayed close to; null = the model as it starts"
     )
@@ -156,6 +176,10 @@ class PPOConfig(TrainingConfig):
     """Every online estimator (rl.advantage); train.batch_size counts episodes an iteration."""
 
     summary: ClassVar[str] = "a policy by reinforcement learning against rewards"
+    unread: ClassVar[dict[str, str]] = {
+        "completion_only": "completions are sampled, and they alone are trained",
+        "append_eos": "completions are sampled, and end where the policy ends them",
+    }
     needs: ClassVar[dict[str, str]] = {
         "model.path": MODEL,
         "data.train": "give prompts, e.g. data.train=prompts.jsonl",
@@ -223,9 +247,9 @@ class GenerateConfig(StageConfig):
     truncation: Literal["error", "drop", "left", "right"] = Field(
         default="left", description="what happens to a longer one"
     )
-    template: str | None = Field(
+    template: Template | None = Field(
         default=None,
-        description=f"chat template for prompts that are messages: {TEMPLATES}",
+        description="chat template for prompts that are messages; null = the tokenizer's own",
     )
     sampling: SamplingSection = SamplingSection()
     output: PathName | None = Field(
@@ -255,7 +279,7 @@ class ScoreConfig(StageConfig):
     max_length: Positive = Field(
         default=512, description="longest row, tokens; a longer one is an error"
     )
-    template: str | None = Field(
+    template: Template | None = Field(
         default=None, description="chat template for rows that are messages; null = the tokenizer's"
     )
     append_eos: bool = Field(
@@ -304,6 +328,11 @@ class EvalConfig(StageConfig):
         yield from super().contradictions()
         if not self.prompts and not self.data.holds_out:
             yield ("data.eval: is needed (text or comparisons), or prompts (to be completed)")
+        if self.data.max_prompt_length is not None and not self.prompts:
+            yield (
+                f"data.max_prompt_length = {self.data.max_prompt_length} changes nothing without "
+                "prompts: data.max_length bounds the whole row"
+            )
         if self.eval.baselines and not (self.data.train and self.data.holds_out):
             yield ("eval.baselines learns from data.train: give it beside what is held out")
         for key in ("baseline", "proxy", "gold"):
@@ -324,7 +353,7 @@ class WorldConfig(StageConfig):
     """The embedded customer-support world: texts, demonstrations, prompts and a tokenizer."""
 
     summary: ClassVar[str] = "the embedded synthetic world's files"
-    world_seed: Natural | None = Field(default=None, description="of the generator; null = seed")
+    world_seed: Seed | None = Field(default=None, description="of the generator; null = seed")
     sizes: WorldSizes = WorldSizes()
 
 
@@ -394,7 +423,9 @@ class ChatConfig(StageConfig):
     needs: ClassVar[dict[str, str]] = {"model.path": MODEL}
     model: ModelSection = ModelSection()
     mesh: Mesh = Mesh()
-    template: str | None = Field(default=None, description=f"chat template: {TEMPLATES}")
+    template: Template | None = Field(
+        default=None, description="chat template; null = the tokenizer's own"
+    )
     system: str | None = Field(default=None, description="system message")
     sampling: ChatSamplingSection = ChatSamplingSection()
 

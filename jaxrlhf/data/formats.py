@@ -3,7 +3,7 @@
 
 A format is one function `(row, origin) -> Example` and one line of FORMATS at the end of the file,
 which names its columns. TRL's columns come first in spirit; well-known sets are recognised by their
-shape. To add one, write its function and its line.
+shape. To add one, write its function and its line, and name it in `config.data.Format`.
 
 Kinds:  text | messages | prompt | prompt_completion | preference | unpaired | stepwise | ranked |
 tokenized.  A *turn* (prompt, completion, chosen...) is either text, or a list of messages

@@ -5,6 +5,7 @@ import contextlib
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
@@ -95,6 +96,10 @@ def test_a_wrong_value_does_not_also_count_as_missing():
         ("null", None),
         ("1.2.3", "1.2.3"),
         ("e5", "e5"),
+        ("1_", "1_"),
+        ("1__0", "1__0"),
+        ("1_.5", "1_.5"),
+        ("1_0.5", 10.5),
     ],
 )
 def test_unquoted_scalars_have_yaml_1_2_types(written, value):
@@ -103,9 +108,9 @@ def test_unquoted_scalars_have_yaml_1_2_types(written, value):
 
 
 def test_what_was_written_counts_where_a_text_is_wanted(tmp_path):
-    file = write(tmp_path, "data: {template: no, train: 007.jsonl}\ntrain.keep_best: 1e-5\n")
+    file = write(tmp_path, "data: {train: {source: 007.jsonl, split: no}}\ntrain.keep_best: 1e-5\n")
     config = load("sft", [file], ["model=./m", "data.eval=e.jsonl"])
-    assert config.data.template == "no"
+    assert config.data.train[0].split == "no"
     assert config.data.train[0].source == str(tmp_path / "007.jsonl")
     assert config.train.keep_best == "1e-5"
 
@@ -199,6 +204,7 @@ def test_files_that_cannot_be_read(tmp_path):
     assert "missing.yaml: cannot be read (No such file or directory)" in text
     assert "bad.yaml:2: byte 15 is not UTF-8" in text
     assert f"{tmp_path}: cannot be read (Is a directory)" in text
+    assert "~nobody-here/a.yaml: cannot be read" in errors_of("sft", ["~nobody-here/a.yaml"])
 
 
 def test_trl_names_are_accepted_and_said_under_ours():
@@ -262,6 +268,69 @@ def test_items_of_lists_can_be_overridden(tmp_path):
     assert config.data.train[0].limit == 5
 
 
+def test_items_of_one_list_join_within_a_file_and_over_files(tmp_path):
+    first = write(tmp_path, "data: {train: [a.jsonl, b.jsonl]}\nmodel: ./m\n")
+    both = "data.train.0.limit: 1\ndata.train.1.limit: 2\n"
+    config = load("sft", [first, write(tmp_path, both, "second.yaml")])
+    assert [s.limit for s in config.data.train] == [1, 2]
+    words = ["data.train.0.source=a.jsonl", "data.train.0.limit=3", "data.train.1.source=b.jsonl"]
+    config = load("sft", [], ["model=./m", *words])
+    assert [s.limit for s in config.data.train] == [3, None]
+    twice = write(tmp_path, "data.train.0.limit: 1\ndata: {train: {0.limit: 2}}\n", "twice.yaml")
+    assert "data.train.0.limit" in (text := errors_of("sft", [first, twice]))
+    assert "given twice" in text
+
+
+def test_a_change_to_a_list_without_an_index_is_to_all_its_items(tmp_path):
+    file = write(tmp_path, "data: {train: [a.jsonl, b.jsonl]}\nmodel: ./m\n")
+    config = load("sft", [file], ["data.train.limit=5", "data.train.1.limit=6"])
+    assert [s.limit for s in config.data.train] == [5, 6]
+    other = write(tmp_path, "data: {train: {source: c.jsonl}}\n", "other.yaml")
+    assert [Path(s.source).name for s in load("sft", [file, other]).data.train] == ["c.jsonl"]
+    text = errors_of("sft", [file], ["data.train.on_bad_row=skip"])
+    assert "data.train.0.on_bad_row (data.train.on_bad_row=skip): unknown key" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "said"),
+    [
+        ("sft", ["max_prompt_length=2"], "data.max_prompt_length = 2 changes nothing here"),
+        ("dpo", ["max_prompt_length=2"], "data.max_prompt_length = 2 changes nothing here"),
+        ("eval", ["data.max_prompt_length=2", "data.eval=a"], "changes nothing without prompts"),
+        ("reward", ["data.completion_only=false"], "data.completion_only = false changes nothing"),
+        ("sft", ["data.fold=3"], "fold = 3 is held out of none"),
+        ("sft", ["data.shuffle=false", "data.train.0.weight=2"], "a mixture by weight is drawn"),
+        ("sft", ["data.template=chatlm"], "did you mean chatml?"),
+        ("sft", ["data.train.0.format=promt_completion"], "did you mean prompt_completion?"),
+        ("sft", ["seed=9223372036854775808"], "expected a whole number >= 0 and < 9.22337e+18"),
+        ("sft", ["seed=1_"], "got '1_'"),
+    ],
+)
+def test_what_would_be_read_by_nobody_is_refused(command, words, said):
+    assert said in errors_of(command, [], [*SFT[: 1 if command == "eval" else 2], *words])
+
+
+def test_the_names_of_formats_and_templates_are_those_there_are():
+    from jaxrlhf.config.data import Format, Template
+    from jaxrlhf.data.formats import FORMATS
+    from jaxrlhf.data.templates import TEMPLATES
+
+    assert get_args(Format) == tuple(FORMATS)
+    assert get_args(Template) == (*TEMPLATES, "tokenizer", "own")
+
+
+def test_no_tracker_has_a_name(tmp_path):
+    assert load("sft", [], [*SFT, "report_to=none"]).track == []
+    assert load("sft", [write(tmp_path, "track: none\n")], SFT).track == []
+    assert load("sft", [], [*SFT, "track=tensorboard"]).track == ["tensorboard"]
+
+
+def test_only_pretraining_splits_long_texts():
+    words = ["data=t.txt", "model=./m", "data.truncation=split"]
+    assert load("pretrain", [], words).data.truncation == "split"
+    assert "expected one of error, drop, left, right" in errors_of("sft", [], words)
+
+
 def test_keys_of_column_maps_may_hold_dots(tmp_path):
     file = write(tmp_path, "model: ./m\ndata: {train: {source: a.jsonl, column_map: {a.b: c.d}}}\n")
     assert load("sft", [file]).data.train[0].column_map == {"a.b": "c.d"}
@@ -295,7 +364,7 @@ def test_every_key_is_described_and_has_a_default(command):
 @pytest.mark.parametrize("command", TRAINING)
 def test_the_printed_configuration_reads_back_equal(command, tmp_path):
     given = {"model": "./m", "data": "d.jsonl", "seed": 5, "optim.learning_rate": 1e-5}
-    given |= {"train.keep_best": "1e-3", "data.eval": ["e.jsonl"], "data.template": "${x}"}
+    given |= {"train.keep_best": "1e-3", "data.eval": [{"source": "e.jsonl", "split": "${x}"}]}
     if command == "pretrain":
         given |= {"model": {"init": {"hidden_size": 64}, "tokenizer": "./t"}}
     if command == "ppo":

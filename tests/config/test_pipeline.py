@@ -193,3 +193,19 @@ def test_what_is_no_pipeline_is_said(tmp_path, monkeypatch, text, expected):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.yaml").write_text(text)
     assert expected in errors_of("p.yaml")
+
+
+def test_the_folder_may_have_a_number_for_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("stages: [{stage: score, model: ./m, data: d.jsonl}]\n")
+    for name in ("20240601", "1e5", "null", "true"):
+        plan = load_pipeline("a.yaml", [f"output_dir={name}"])
+        assert plan.output_dir == str(tmp_path / name)
+
+
+@pytest.mark.parametrize("text", ["defaults: 5", "defaults: [a]", "output_dir: [a]"])
+def test_what_is_no_mapping_or_path_is_said(tmp_path, text):
+    file = tmp_path / "a.yaml"
+    file.write_text(f"{text}\nstages: [{{stage: score, model: ./m, data: d.jsonl}}]\n")
+    with pytest.raises(ConfigError, match=f"{text.split(':')[0]} .*a.yaml:1.*: expected a"):
+        load_pipeline(file)
