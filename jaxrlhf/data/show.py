@@ -74,6 +74,7 @@ def show(
     rows: int = 3,
     ids: bool = True,
     max_length: int | None = None,
+    max_prompt_length: int | None = None,
     template: str | None = None,
     truncation: str = "left",
     completion_only: bool | None = None,
@@ -88,6 +89,7 @@ def show(
         stage: "lm", "pairs" or "prompts"; None = what the first source's format is for.
         rows: how many rows to print.
         ids: print token ids below each row.
+        max_prompt_length: of prompts, instead of max_length.
         file: where to; None = standard output. Colours only if it is a terminal.
         others: as in `encode`.
     """
@@ -107,6 +109,7 @@ def show(
     elif stage == "pairs":
         data = encode.encode_pairs(source, tokenizer, append_eos=append_eos, **shared)
     elif stage == "prompts":
+        shared["max_length"] = max_prompt_length or max_length
         data = encode.encode_prompts(source, tokenizer, **shared)
     else:
         raise DataError(f"stage {stage!r} is not known; it is lm, pairs or prompts")

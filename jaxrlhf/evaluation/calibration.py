@@ -7,6 +7,7 @@ Bradley-Terry the model says "chosen is better" with probability sigmoid(margin)
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -93,6 +94,7 @@ def judge_pairs(
     clusters: Sequence | np.ndarray | None = None,
     bins: int = 10,
     samples: int = 2000,
+    level: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, Interval], Calibration]:
     """Everything an evaluation says about a reward model on N held-out pairs.
@@ -103,7 +105,7 @@ def judge_pairs(
         clusters: [N] prompt of each pair, where several pairs share one.
 
     Returns:
-        metrics, intervals (95 %), calibration: the fields of `results.EvalResult`.
+        metrics, intervals (of this `level`), calibration: the fields of `results.EvalResult`.
     """
     margins = _margins(np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))
     table = reliability(margins, bins=bins)
@@ -117,14 +119,17 @@ def judge_pairs(
         "margin/mean": float(margins.mean()),
         "margin/std": float(margins.std()),
     }
-    options = {"clusters": clusters, "samples": samples, "seed": seed}
+    options: dict[str, Any] = {"samples": samples, "level": level, "seed": seed}
     intervals = {
-        "accuracy": bootstrap_mean(hits, **options),
-        "pair_loss": bootstrap_mean(losses, **options),
+        "accuracy": bootstrap_mean(hits, clusters=clusters, **options),
+        "pair_loss": bootstrap_mean(losses, clusters=clusters, **options),
     }
     if clusters is None:
         intervals["ece"] = bootstrap(
-            lambda rows: reliability(margins[rows], bins=bins).ece, len(margins), seed=seed
+            lambda rows: reliability(margins[rows], bins=bins).ece,
+            len(margins),
+            level=level,
+            seed=seed,
         )
     if chosen_lengths is not None and rejected_lengths is not None:
         metrics |= length_bias(chosen, rejected, chosen_lengths, rejected_lengths)

@@ -15,6 +15,7 @@ def perplexity(
     *,
     byte_counts=None,
     samples: int = 2000,
+    level: float = 0.95,
     seed: int = 0,
 ) -> tuple[dict[str, float], dict[str, Interval]]:
     """Loss per token over a corpus, its exponential, and intervals over documents.
@@ -29,8 +30,8 @@ def perplexity(
             that may be compared between tokenizers.
 
     Returns:
-        metrics and 95 % intervals under the names of `results.METRICS`. Documents, not tokens, are
-        resampled: tokens of one document are not independent.
+        metrics and intervals of this `level` under the names of `results.METRICS`. Documents, not
+        tokens, are resampled: tokens of one document are not independent.
     """
     sums = np.asarray(logprob_sums, np.float64)
     tokens = np.asarray(token_counts, np.float64)
@@ -39,15 +40,14 @@ def perplexity(
     kept = tokens > 0
     sums, tokens = sums[kept], tokens[kept]
     nats = float(-sums.sum() / tokens.sum())
-    low, high = bootstrap_mean(-sums / tokens, tokens, samples=samples, seed=seed)
+    options = {"samples": samples, "level": level, "seed": seed}
+    low, high = bootstrap_mean(-sums / tokens, tokens, **options)
     metrics = {"nats_per_token": nats, "perplexity": _exp(nats)}
     intervals = {"nats_per_token": (low, high), "perplexity": (_exp(low), _exp(high))}
     if byte_counts is not None:
         size = np.asarray(byte_counts, np.float64)[kept]
         metrics["bits_per_byte"] = float(-sums.sum() / size.sum() / math.log(2))
-        intervals["bits_per_byte"] = bootstrap_mean(
-            -sums / size / math.log(2), size, samples=samples, seed=seed
-        )
+        intervals["bits_per_byte"] = bootstrap_mean(-sums / size / math.log(2), size, **options)
     return metrics, intervals
 
 

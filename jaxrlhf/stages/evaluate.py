@@ -141,12 +141,19 @@ def _on_rows(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) -> 
             [to_host(x) for x in sums(model.params, put_batch(batch, mesh))] for batch in batches
         ]
         logprobs, counts = (batches.in_row_order(part) for part in zip(*parts, strict=True))
-        metrics, intervals = perplexity(
-            logprobs, counts, samples=config.eval.bootstrap, seed=config.seed
-        )
+        metrics, intervals = perplexity(logprobs, counts, **_resampling(config))
         found.count = len(rows)
     found.metrics |= metrics
     found.intervals |= intervals
+
+
+def _resampling(config: EvalConfig) -> dict[str, Any]:
+    """How intervals are made."""
+    return {
+        "samples": config.eval.bootstrap,
+        "level": config.eval.confidence,
+        "seed": config.seed,
+    }
 
 
 def _only_held_out(data: DataSection) -> DataSection:
@@ -184,16 +191,16 @@ def _on_pairs(
         rejected_lengths=pairs.rejected.lengths,
         clusters=pairs.groups,
         bins=config.eval.calibration_bins,
-        samples=config.eval.bootstrap,
-        seed=config.seed,
+        **_resampling(config),
     )
     if config.eval.baselines:
         sides = (train.chosen, train.rejected, pairs.chosen, pairs.rejected)
         margins = bag_of_words(*(_completions(side, model) for side in sides))
         table = reliability(margins, bins=config.eval.calibration_bins)
         metrics |= {"accuracy/bag_of_words": table.accuracy, "ece/bag_of_words": table.ece}
-        options = {"clusters": pairs.groups, "samples": config.eval.bootstrap, "seed": config.seed}
-        intervals["accuracy/bag_of_words"] = bootstrap_mean(correct(margins), **options)
+        intervals["accuracy/bag_of_words"] = bootstrap_mean(
+            correct(margins), clusters=pairs.groups, **_resampling(config)
+        )
     found.count = len(pairs)
     return metrics, intervals
 
@@ -209,16 +216,14 @@ def _on_prompts(config: EvalConfig, model: Model, mesh: Mesh, found: _Findings) 
     prompts = encode_prompts(
         source_specs(config.prompts),
         model.tokenizer,
-        max_length=config.data.max_length,
+        max_length=config.data.max_prompt_length or config.data.max_length,
         template=config.data.template,
+        truncation=config.data.truncation,
+        on_bad_row=config.data.on_bad_row,
         vocab_size=model.config.vocab_size,
         seed=config.seed,
     )
-    options = {
-        "samples": config.eval.bootstrap,
-        "level": config.eval.confidence,
-        "seed": config.seed,
-    }
+    options = _resampling(config)
     judges = {
         "proxy": make_judge(config.proxy, config.model, model, mesh),
         "gold": make_judge(config.gold, config.model, model, mesh),
@@ -309,7 +314,7 @@ def _curves(
     proxy = scores["proxy"].reshape(prompts, n)
     gold = scores["gold"].reshape(prompts, n) if "gold" in scores else None
     if config.eval.best_of:
-        points = best_of_n_curve(proxy, gold, ns=config.eval.best_of)
+        points = best_of_n_curve(proxy, gold, ns=config.eval.best_of, level=config.eval.confidence)
         found.curve += points
         for point in points:
             for name, value in (("proxy", point.proxy), ("gold", point.gold)):

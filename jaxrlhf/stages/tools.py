@@ -108,6 +108,7 @@ def data_show(config: DataShowConfig) -> None:
         tokenizer,
         rows=config.rows,
         max_length=data.max_length,
+        max_prompt_length=data.max_prompt_length,
         template=data.template,
         truncation=data.truncation,
         completion_only=data.completion_only,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from tiny import read_jsonl, run, write_jsonl
 
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, DataError
 
 
 def found(folder, **keys):
@@ -59,3 +59,31 @@ def test_scores_come_in_the_order_of_the_data(tiny, models, tmp_path):
     assert run("score", tmp_path / "run", **keys).exit_code == 0
     counts = [len(row["token_ids"]) for row in read_jsonl(tmp_path / "run" / "scores.jsonl")]
     assert np.argsort(counts).tolist() == np.argsort([len(r["completion"]) for r in rows]).tolist()
+
+
+def test_intervals_cover_what_was_asked_for(tiny, models, tmp_path):
+    held_out = write_jsonl(tmp_path / "text.jsonl", read_jsonl(tiny.text)[:24])
+    for name, model, data in (
+        ("text", models.base, held_out),
+        ("pairs", models.judge, tiny.pairs),
+    ):
+        widths = []
+        for level in (0.5, 0.99):
+            keys = {"data.eval": str(data), "eval.confidence": level, "data.max_length": 32}
+            told = found(tmp_path / f"{name}-{level}", model=str(model), **keys)
+            assert told["level"] == level
+            low, high = told["intervals"]["accuracy" if name == "pairs" else "nats_per_token"]
+            widths.append(high - low)
+        assert widths[0] < 0.5 * widths[1]
+
+
+def test_prompts_are_read_as_data_says(models, tmp_path):
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "where is my order"}, {"x": 1}])
+    keys = {"model": str(models.base), "prompts": str(prompts), "sampling.max_new_tokens": 4}
+    with pytest.raises(DataError, match=r"prompts.jsonl:2"):
+        found(tmp_path / "bad", **keys)
+    skip = keys | {"data.on_bad_row": "skip"}
+    for limit in ({"data.max_length": 2}, {"data.max_prompt_length": 2}):
+        with pytest.raises(DataError, match=r"prompts.jsonl:1: \d+ tokens, more than"):
+            found(tmp_path / "long", **skip, **limit, **{"data.truncation": "error"})
+    assert found(tmp_path / "one", **skip)["count"] == 1

@@ -180,3 +180,19 @@ def test_printed_completions_hold_no_escapes(models, monkeypatch, said):
     monkeypatch.setattr(completions, "decode_continuation", lambda *args: "\x1b[31mred")
     out = said("generate", "-m", models.base, "--prompt", "a", *FEW)
     assert "a\\x1b[31mred" in out
+
+
+def test_data_commands_do_as_they_are_told(tiny, tmp_path, said):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
+    show = ("data", "show", rows, f"model.tokenizer={tiny.tokenizer}")
+    assert "b]]" in said(*show, "data.append_eos=false")
+    assert "b]]" not in said(*show)
+    prompts = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": "where is my order"}])
+    show = ("data", "show", prompts, f"model.tokenizer={tiny.tokenizer}")
+    assert ": 3 tokens" in said(*show, "data.max_prompt_length=3")
+    sentences = [{"sentence": f"s{i}", "label": i % 2} for i in range(40)]
+    rows = write_jsonl(tmp_path / "sentences.jsonl", sentences)
+    first, again, other = (said("data", "pairs", rows, f"seed={seed}") for seed in (1, 1, 2))
+    assert first == again != other
+    bad = write_jsonl(tmp_path / "bad.jsonl", [{"prompt": 1, "completions": [], "ranks": []}])
+    assert "on_bad_row" not in said("data", "pairs", bad, code=1)
