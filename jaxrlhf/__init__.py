@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """jaxrlhf: from a language model and feedback to an aligned model, in JAX."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from jaxrlhf.errors import CheckpointError, ConfigError, DataError, JaxrlhfError, ModelError
 
 if TYPE_CHECKING:
+    from jaxrlhf import losses as losses
+    from jaxrlhf import ops as ops
+    from jaxrlhf import sampling as sampling
     from jaxrlhf.api import dpo as dpo
     from jaxrlhf.api import evaluate as evaluate
     from jaxrlhf.api import export as export
@@ -36,6 +40,9 @@ COMMANDS = (
     "write_report",
 )
 
+# The maths, usable without any configuration: jaxrlhf.losses.preference.dpo(...).
+PACKAGES = ("losses", "ops", "sampling")
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -47,10 +54,13 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "losses",
+    "ops",
     "ppo",
     "pretrain",
     "reward",
     "run",
+    "sampling",
     "score",
     "sft",
     "stage",
@@ -59,13 +69,16 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The commands as functions, imported when first used: `import jaxrlhf` costs nothing."""
+    """The commands as functions, and the packages, imported when first used: `import jaxrlhf` costs
+    nothing."""
     if name in COMMANDS:
         from jaxrlhf import api
 
         return getattr(api, name)
+    if name in PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *COMMANDS})
+    return sorted({*globals(), *COMMANDS, *PACKAGES})

@@ -8,7 +8,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, Union
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -33,17 +33,33 @@ class Shape:
     optional: bool = False
 
 
-def _scalar_words(annotation: Any, limits: list[Any]) -> str:
-    low = [m for m in limits if isinstance(m, Ge | Gt)]
-    high = [m for m in limits if isinstance(m, Le | Lt)]
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    said = words.get(annotation, str(annotation))
+def limits(marks: Sequence[Any]) -> str:
+    """The limits among the marks of an annotation, in words that follow what it is."""
+    low = [m for m in marks if isinstance(m, Ge | Gt)]
+    high = [m for m in marks if isinstance(m, Le | Lt)]
+    said = ""
     for m in low[-1:]:
         said += f" >= {m.ge:g}" if isinstance(m, Ge) else f" > {m.gt:g}"
     for m in high[-1:]:
         said += " and" if low else ""
         said += f" <= {m.le:g}" if isinstance(m, Le) else f" < {m.lt:g}"
     return said
+
+
+def within(value: Any, marks: Sequence[Any]) -> bool:
+    """Whether a number keeps the limits among the marks of an annotation."""
+    return all(
+        not (isinstance(m, Ge) and value < m.ge)
+        and not (isinstance(m, Gt) and value <= m.gt)
+        and not (isinstance(m, Le) and value > m.le)
+        and not (isinstance(m, Lt) and value >= m.lt)
+        for m in marks
+    )
+
+
+def _scalar_words(annotation: Any, marks: list[Any]) -> str:
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    return words.get(annotation, str(annotation)) + limits(marks)
 
 
 def shape_of(annotation: Any, metadata: tuple[Any, ...] = ()) -> Shape:

@@ -12,11 +12,11 @@ import inspect
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Union
+from typing import Annotated, Any, Literal, Union
 
 from jaxrlhf.config.base import Section
 from jaxrlhf.config.load import Checked
-from jaxrlhf.config.schema import nearest
+from jaxrlhf.config.schema import limits, nearest, within
 
 Function = Callable[..., Any]
 Table = Mapping[str, Function]
@@ -24,7 +24,7 @@ Table = Mapping[str, Function]
 
 def _annotations(function: Function) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(inspect.unwrap(function))
+        return typing.get_type_hints(inspect.unwrap(function), include_extras=True)
     except (NameError, TypeError):  # shapes of arrays that only a type checker resolves
         return dict(getattr(inspect.unwrap(function), "__annotations__", {}))
 
@@ -45,6 +45,8 @@ def statistics(function: Function) -> tuple[str, ...]:
 def words(annotation: Any) -> str:
     """What an annotation accepts, in words."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Annotated:
+        return words(parts[0]) + limits(parts[1:])
     if origin in (Union, types.UnionType):
         return " or ".join(words(part) for part in parts)
     if origin is Literal:
@@ -66,10 +68,14 @@ _WRONG = object()
 
 
 def convert(value: Any, annotation: Any) -> Any:
-    """The value as the annotation wants it, or `_WRONG`: 1 is a float, 1.0 an int, true neither."""
+    """The value as the annotation wants it and within its limits, or `_WRONG`: 1 is a float, 1.0 an
+    int, true neither."""
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is inspect.Parameter.empty or annotation is Any:
         return value
+    if origin is Annotated:
+        found = convert(value, parts[0])
+        return found if found is not _WRONG and within(found, parts[1:]) else _WRONG
     if origin in (Union, types.UnionType):
         exact = [p for p in parts if isinstance(p, type) and type(value) is p]
         for part in [*exact, *parts]:

@@ -6,3 +6,7 @@ over the global batch before it was split, so that accumulation and data paralle
 The positional parameters of a loss name the statistics a stage computes; the keyword-only ones are
 its settings in the configuration.
 """
+
+from jaxrlhf.losses import lm, policy, preference, reward
+
+__all__ = ["lm", "policy", "preference", "reward"]

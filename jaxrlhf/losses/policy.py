@@ -6,7 +6,10 @@ slot would otherwise come back through the gradient of exp as 0 * NaN. Losses an
 there.
 """
 
+from typing import Annotated
+
 import jax.numpy as jnp
+from annotated_types import Gt
 from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.ops.masking import keep
@@ -21,8 +24,8 @@ def ppo_clip(
     advantages: PerToken,
     completion_mask: TokenMask,
     *,
-    clip_eps: float = 0.2,
-    clip_eps_high: float | None = None,
+    clip_eps: Annotated[float, Gt(0)] = 0.2,
+    clip_eps_high: Annotated[float, Gt(0)] | None = None,
 ) -> tuple[PerToken, dict[str, PerToken]]:
     """The clipped surrogate objective, negated.
 
@@ -64,7 +67,7 @@ def clipped_value(
     returns: PerToken,
     completion_mask: TokenMask,
     *,
-    value_clip: float = 0.2,
+    value_clip: Annotated[float, Gt(0)] = 0.2,
 ) -> tuple[PerToken, dict[str, PerToken]]:
     """Squared error of the critic, which may move only `value_clip` away from its old value.
 

@@ -6,7 +6,10 @@ accumulation and data parallelism stay exact. A filler pair (weight 0) must come
 statistics: `masking.keep(x, weights != 0)`.
 """
 
+from typing import Annotated
+
 import jax
+from annotated_types import Ge, Gt, Lt
 from jaxtyping import Array, Float
 
 PerPair = Float[Array, "B"]
@@ -18,8 +21,8 @@ def dpo(
     ref_chosen: PerPair,
     ref_rejected: PerPair,
     *,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
+    beta: Annotated[float, Gt(0)] = 0.1,
+    label_smoothing: Annotated[float, Ge(0), Lt(0.5)] = 0.0,
 ) -> tuple[PerPair, dict[str, PerPair]]:
     """Direct Preference Optimization.
 
@@ -33,7 +36,7 @@ def dpo(
         chosen, rejected: [B] completion log-probabilities under the policy, summed
             over unmasked tokens (not averaged: DPO is defined on the sum).
         ref_chosen, ref_rejected: [B] the same under the frozen reference.
-        beta: strength of the pull towards the reference; larger stays closer.
+        beta: strength of the pull towards the reference, above 0; larger stays closer.
         label_smoothing: eps, the assumed rate of flipped labels, in [0, 0.5).
     """
     chosen_reward = beta * (chosen - ref_chosen)

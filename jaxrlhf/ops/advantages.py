@@ -8,8 +8,11 @@ the configuration. All give 0 outside the completion mask and ignore what stands
 Groups: rows come in runs of `samples_per_prompt` completions of one prompt, next to each other.
 """
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
+from annotated_types import Ge, Le
 from jaxtyping import Array, Bool, Float
 
 from jaxrlhf.ops.masking import keep
@@ -23,8 +26,8 @@ def gae(
     values: PerToken,
     completion_mask: TokenMask,
     *,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0,
+    gae_lambda: Annotated[float, Ge(0), Le(1)] = 0.95,
 ) -> tuple[PerToken, PerToken]:
     """Generalised advantage estimation; a hole in the mask is stepped over, not a boundary.
 
@@ -41,7 +44,7 @@ def gae(
     Args:
         rewards, values: [B, T]; values[:, t] is the value of the state before token t.
         gamma: discount per completion token, in [0, 1].
-        gae_lambda: 1 is the whole return less the value, 0 the one-step error.
+        gae_lambda: in [0, 1]; 1 is the whole return less the value, 0 the one-step error.
 
     Returns:
         (advantages, returns), both [B, T].
@@ -142,7 +145,7 @@ def rloo_to_go(
     completion_mask: TokenMask,
     *,
     samples_per_prompt: int = 4,
-    gamma: float = 1.0,
+    gamma: Annotated[float, Ge(0), Le(1)] = 1.0,
 ) -> tuple[PerToken, PerToken]:
     """Leave-one-out per token: the return *from t on* less the others' mean return from t on.
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A function's keyword-only parameters are the keys of its section."""
 
+import re
 from typing import Literal
 
 import pytest
@@ -104,3 +105,25 @@ def test_functions_that_always_take_part_share_a_section():
     assert config.rl.value_clip == 0.2
     # a parameter that the section declares takes the section's value
     assert signatures.keywords(clip, config.rl) == {"value_clip": 0.2, "epochs": 4}
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("loss.beta=-1", "expected a number > 0; got -1"),
+        ("loss.beta=0", "expected a number > 0; got 0"),
+        ("loss.label_smoothing=0.5", "expected a number >= 0 and < 0.5; got 0.5"),
+        ("loss.label_smoothing=-0.1", "expected a number >= 0 and < 0.5; got -0.1"),
+    ],
+)
+def test_a_parameter_keeps_the_limits_of_its_annotation(override, said):
+    from jaxrlhf.stages import check_algorithms
+
+    words = ["model=/m", "data=/d.jsonl"]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load("dpo", [], [*words, override], check_algorithms)
+    assert load("dpo", [], [*words, "loss.beta=1"], check_algorithms).loss.beta == 1
+    words += ["reward=a:b", "train.steps=1"]
+    said = "rl.clip_eps_high (rl.clip_eps_high=0): expected a number > 0 or null; got 0"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        load("ppo", [], [*words, "rl.clip_eps_high=0"], check_algorithms)
