@@ -76,6 +76,11 @@ OPERANDS = {
 WITH_OUTPUT_FILE = ("generate", "score", "export", "report", "data pairs")
 OVERRIDE = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+# What a place that somebody named cannot be used for.
+NO_PLACE = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.EEXIST, errno.EIO),
+    *(errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+)
 MAX_LINES = 40  # of an error: one screen
 
 
@@ -99,6 +104,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        if error.errno in NO_PLACE and error.filename:
+            place = error.filename2 or error.filename
+            print(one_screen(f"error: {place}: {error.strerror}"), file=sys.stderr)
+            return 1
         if error.errno not in NO_ROOM:
             raise
         where = f" {error.filename}" if error.filename else ""
@@ -221,9 +230,10 @@ def stage(
         extra = {"resume": options.resume, "allow_change": tuple(options.allow_change)}
         extra["dry_run"] = options.dry_run
     elif options.dry_run:
-        print(f"{command}: the settings are right; nothing was run")
-        return 0
+        extra = {"dry_run": True}
     result = run_stage(command, config, output=config.output_dir, **extra)
+    if options.dry_run:
+        print(f"{command}: {result.message}")
     return int(result.exit_code)
 
 

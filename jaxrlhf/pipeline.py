@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxrlhf.config.pipeline import PipelinePlan, PlannedStage, resolve
 from jaxrlhf.config.stages import StageConfig
-from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.errors import ConfigError, JaxrlhfError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,9 +47,12 @@ def run_pipeline(
         dry_run: say what would be done, and do nothing.
 
     Raises:
+        ConfigError: the directory cannot be made, or (dry_run) something read is not there.
         JaxrlhfError: a stage failed for a reason its message names; what is finished stays so.
     """
     from jaxrlhf.parallel.distributed import barrier, is_primary, together
+    from jaxrlhf.stages.lineage import absent
+    from jaxrlhf.stages.outputs import check_output
     from jaxrlhf.stages.rundir import write_json
     from jaxrlhf.train.signals import graceful_stop
 
@@ -64,7 +67,12 @@ def run_pipeline(
     means: list[dict[str, Any]] = []
     written: dict[str, Any] = {}
     began = time.perf_counter()
+    if dry_run:
+        missing = [(stage.name, line) for stage in plan.stages for line in absent(stage.config)]
+        if missing:
+            raise ConfigError("\n".join(f"{name}: {line}" for name, line in missing))
     with together(), graceful_stop() as stop_requested:
+        check_output(folder, "output_dir", folder=True)
         for i, planned in enumerate(plan.stages):
             config = resolve(planned.config, outputs)
             place = f"[{i + 1}/{len(plan.stages)}] {planned.name}"

@@ -368,3 +368,20 @@ def test_a_place_that_cannot_be_used_is_one_line(stages, tmp_path, capsys):
         text = capsys.readouterr().err
         assert text.startswith(f"error: the report {place} cannot be written: ")
         assert len(text.splitlines()) == 1
+
+
+def test_a_place_that_nobody_caught_is_one_line_too(stages, monkeypatch, capsys):
+    def run_stage(*args, **kwargs):
+        Path("/proc/no/such/place").write_text("")
+
+    monkeypatch.setattr(sys.modules["jaxrlhf.stages"], "run_stage", run_stage)
+    assert cli.main(["score", "-m", "./m", "a.jsonl"]) == 1
+    assert capsys.readouterr().err == "error: /proc/no/such/place: No such file or directory\n"
+
+
+def test_the_maths_is_there_by_name_and_costs_nothing_before():
+    code = (
+        "import sys, jaxrlhf; bad = {'jax', 'numpy'} & set(sys.modules); assert not bad, bad; "
+        "jaxrlhf.losses.preference.dpo, jaxrlhf.ops.advantages.gae, jaxrlhf.sampling.sample"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -269,7 +269,7 @@ def _read_path(keep: _Keeper, spec: SourceSpec) -> str:
         _no_split(spec, "a file")
         files = [path]
     elif glob.has_magic(name):
-        files = sorted(p for p in map(Path, glob.glob(name, recursive=True)) if p.is_file())
+        files = matching(name)
         _no_split(spec, "a pattern of files")
         if not files:
             raise DataError(f"data source {spec.source}: no file matches this pattern")
@@ -291,6 +291,11 @@ def _read_path(keep: _Keeper, spec: SourceSpec) -> str:
     except _Full:
         pass
     return sha.hexdigest()
+
+
+def matching(pattern: str) -> list[Path]:
+    """The files that a glob pattern stands for, in order."""
+    return sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
 
 
 def _no_split(spec: SourceSpec, what: str) -> None:

@@ -4,6 +4,7 @@
 `run_stage` runs any of them by name; nothing is imported before it is needed.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,6 +68,9 @@ def run_stage(
         stop_requested: polled between units of work; by default signals are handled.
         rows: files of rows that the settings name as stage:rows/NAME, with what they hold; they are
             written into rows/ of the run directory.
+
+    Raises:
+        ConfigError: (dry_run) something that is read is not there.
     """
     from jaxrlhf.stages.rundir import default_directory, write_rows
 
@@ -91,7 +95,7 @@ def run_stage(
         return run_training(
             command,
             config,
-            _recipe(command),
+            _recipe(command, dry_run),
             folder(),
             resume=resume,
             allow_change=allow_change,
@@ -103,7 +107,11 @@ def run_stage(
     from jaxrlhf.stages.training import StageResult
 
     if dry_run:
-        return StageResult(folder(), 0, {}, "dry run: the settings are fine")
+        from jaxrlhf.stages.lineage import absent
+
+        if lines := absent(config):
+            raise ConfigError("\n".join(lines))
+        return StageResult(folder(), 0, {}, "dry run: the settings are right, nothing was run")
     work = _work(command, config)
     # A file asked for by name, or text on the terminal: that is the result, not a run directory.
     if given is None and (command in NO_DIRECTORY or _names_its_output(command, config)):
@@ -121,7 +129,7 @@ def _names_its_output(command: str, config: Any) -> bool:
     return getattr(config, "output", None) is not None or bool(text_only)
 
 
-def _recipe(command: str) -> Callable[..., Any]:
+def _recipe(command: str, dry_run: bool) -> Callable[..., Any]:
     if command in ("pretrain", "sft"):
         from jaxrlhf.stages.sft import sft
 
@@ -133,7 +141,7 @@ def _recipe(command: str) -> Callable[..., Any]:
     if command == "dpo":
         from jaxrlhf.stages.preference import dpo
 
-        return dpo
+        return functools.partial(dpo, dry_run=dry_run)
     from jaxrlhf.stages.ppo import ppo
 
     return ppo

@@ -25,6 +25,7 @@ KEYS = {
     "data.max_length": "max_prompt_length",
     "data.truncation": "truncation",
     "data.template": "template",
+    "'data.train={": "'prompts={",
     SKIPPING: "",
 }
 

@@ -7,23 +7,28 @@ no longer those it began with.
 """
 
 import functools
+import glob
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxrlhf.config import resume
 from jaxrlhf.config.base import Section
-from jaxrlhf.config.load import dotted
+from jaxrlhf.config.load import STAGE_REFERENCE, dotted
 from jaxrlhf.config.reward import is_function
 from jaxrlhf.config.schema import walk
+from jaxrlhf.data.sources import matching
 from jaxrlhf.data.tokenizer import is_path
-from jaxrlhf.errors import ConfigError, ModelError
+from jaxrlhf.errors import ConfigError, DataError, ModelError
 from jaxrlhf.parallel.distributed import from_primary, is_primary
 from jaxrlhf.stages.rundir import read_summary, write_json
 
 # Of a folder's files, those that say when and where something ran, not what came of it.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "run.lock", "lineage.json")
 
+MISSING = "missing"  # the digest of what is not there
 # Files of a result that say which function it is.
 CONFIGS = ("config.json", "adapter_config.json")
 
@@ -81,13 +86,16 @@ def check_weights(run: Path) -> None:
 
 def content_of(place: str) -> str:
     """The content digest of a model or source: a run's own, else of its files, else its name."""
-    if not is_path(place):
+    pattern = _is_pattern(place)
+    if not is_path(place) and not pattern:
         return f"name:{place}"  # a hub name or tfds:NAME; its revision is not ours to know
     path = Path(place).expanduser()
     if path.is_file():
         return file_digest(path)
     if not path.is_dir():
-        return "missing"
+        files = matching(str(path)) if pattern else []
+        each = "".join(f"{file.name}\0{file_digest(file)}\0" for file in files)
+        return hashlib.sha256(each.encode()).hexdigest() if files else MISSING
     summary = read_summary(path)
     if summary is not None and "content" in summary:
         return str(summary["content"])
@@ -95,16 +103,45 @@ def content_of(place: str) -> str:
 
 
 def contents(config: Section) -> dict[str, str]:
-    """{dotted key: content digest} of every model, source and run a configuration reads."""
+    """{dotted key: content digest} of every model, source and run a configuration reads.
+
+    Raises:
+        DataError: a file there cannot be read.
+    """
     found = {}
+    for key, place in _inputs(config):
+        try:
+            found[key] = content_of(place)
+        except OSError as error:
+            where = error.filename or place
+            raise DataError(f"{key}: {where} cannot be read: {error.strerror}") from error
+    return found
+
+
+def _inputs(config: Section) -> Iterator[tuple[str, str]]:
+    """(dotted key, place) of every model, source and run a configuration reads."""
     for path, value, shape in walk(config):
         reads = shape.where in ("model", "source", "reward") or shape.resume == "content"
         if not isinstance(value, str) or not reads:
             continue
         if shape.where == "reward" and is_function(value):
             continue  # its code is part of the settings' digest
-        found[dotted(path)] = content_of(value)
+        yield dotted(path), value
+
+
+def absent(config: Section) -> list[str]:
+    """A line for each place on this machine that a configuration reads and that is not there."""
+    found = []
+    for key, place in _inputs(config):
+        path = os.path.expanduser(place)
+        there = os.path.exists(path) or (_is_pattern(place) and bool(matching(path)))
+        if not there and (is_path(place) or _is_pattern(place)):
+            found.append(f"{key}: there is no {place}")
     return found
+
+
+def _is_pattern(place: str) -> bool:
+    return glob.has_magic(place) and not place.startswith(("tfds:", STAGE_REFERENCE))
 
 
 def identity(stage: str, config: Section) -> str:

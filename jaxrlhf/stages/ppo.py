@@ -174,6 +174,7 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         steps=config.train.steps or 0,
         updates=config.rl.epochs * config.rl.minibatches,
         rows=rows,
+        epoch=len(prompts) / (episodes // group),
         advance=make_advance,
         evaluate=evaluate,
         sample=sample,

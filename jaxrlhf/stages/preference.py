@@ -82,8 +82,12 @@ def needs_reference(loss: Callable[..., Any]) -> bool:
     return any(name.startswith("ref_") for name in statistics(loss))
 
 
-def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
-    """pairs (+ reference log-probs, once) -> batch_at(step) -> a loss of PREFERENCE_LOSSES."""
+def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array, *, dry_run: bool = False) -> Recipe:
+    """pairs (+ reference log-probs, once) -> batch_at(step) -> a loss of PREFERENCE_LOSSES.
+
+    dry_run: without the reference's log-probs, so that nothing is computed; what comes of it can be
+        described, not run.
+    """
     model = open_policy(config, mesh, key)
     trained, frozen = halves(model, model.params)
     rows, held_out, notes = pair_rows(config.data, model, config.seed)
@@ -98,8 +102,8 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         ref_params = before_training(model) if reference is model else reference.params
 
         def with_reference(pairs: PairSet | None) -> PairSet | None:
-            if pairs is None or pairs.ref_logprobs is not None:  # the data may bring them along
-                return pairs
+            if pairs is None or dry_run or pairs.ref_logprobs is not None:
+                return pairs  # the data may bring them along
             batches = evaluation_batches(pairs, config.data, pairs_per_step)
             return dataclasses.replace(pairs, ref_logprobs=logprobs(ref_params, batches))
 
@@ -131,6 +135,7 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         loss_fn=make_loss(model.config, model.runtime, loss, settings),
         steps=steps,
         rows=pairs_per_step,
+        epoch=len(rows) / pairs_per_step,
         advance=offline(batches.batch_at, frozen, key, mesh),
         evaluate=evaluate,
         tokenizer=model.tokenizer,

@@ -26,6 +26,7 @@ class Recipe:
         loss_fn: (trainable, frozen, batch, key) -> (loss, metrics).
         steps: units of the loop planned: optimizer steps, or iterations of an online method.
         rows: rows of one optimizer step over all devices.
+        epoch: units of the loop that one pass over the data takes.
         advance: given the compiled train step, what one unit of the loop does.
         updates: optimizer steps per unit.
         frozen: the other half of the tree, which the loss reads and nothing changes. `loss_fn`,
@@ -47,6 +48,7 @@ class Recipe:
     loss_fn: LossFn
     steps: int
     rows: int
+    epoch: float
     advance: Callable[[TrainStep], Advance]
     updates: int = 1
     frozen: Params = dataclasses.field(default_factory=dict)

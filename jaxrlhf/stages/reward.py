@@ -145,6 +145,7 @@ def reward(config: RewardConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         loss_fn=make_loss(model.config, model.runtime, loss, keywords(loss, config.loss)),
         steps=steps,
         rows=pairs_per_step,
+        epoch=len(rows) / pairs_per_step,
         advance=offline(batches.batch_at, frozen, key, mesh),
         evaluate=evaluate,
         tokenizer=model.tokenizer,

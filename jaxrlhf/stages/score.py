@@ -52,6 +52,7 @@ def score(config: ScoreConfig, output: Path, mesh: Mesh) -> tuple[dict[str, floa
 KEYS = {
     "data.max_length": "max_length",
     "data.template": "template",
+    "'data.train={": "'data={",
     SHORTENING: "",
     SKIPPING: "",
 }

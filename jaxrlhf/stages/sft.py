@@ -107,6 +107,7 @@ def sft(config: SFTConfig | PretrainConfig, mesh: Mesh, key: jax.Array) -> Recip
         loss_fn=make_loss(model.config, model.runtime),
         steps=steps,
         rows=rows_per_step,
+        epoch=len(rows) / rows_per_step,
         advance=offline(batches.batch_at, frozen, key, mesh),
         prepare=lambda batch: batch.replace(weights=weights(batch.completion_mask)),
         evaluate=evaluate,

@@ -163,8 +163,8 @@ def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) 
     shape = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
     lines = [
         *recipe.notes,
-        f"{plan}; {recipe.steps} steps"
-        + (f" of {recipe.updates} optimizer steps" if recipe.updates > 1 else ""),
+        f"{plan}; {recipe.steps} steps, {recipe.epoch:.4g} an epoch"
+        + (f", each of {recipe.updates} optimizer steps" if recipe.updates > 1 else ""),
         f"{parameters:,}{base} parameters train; weights {weights / 1e6:,.1f} MB, optimizer "
         f"{size_of(moments):,} bytes, gradients {gradients / 1e6:,.1f} MB{kept}; mesh: "
         f"{shape or 'one device'}",
