@@ -396,9 +396,11 @@ class _Encoder:
             mask.insert(end, True)
 
     def fit(self, ids: list[int], mask: list[bool], origin: object) -> tuple[list, list]:
-        """The row within max_length, by the truncation policy."""
+        """The row within max_length, by the truncation policy. Whatever token comes first in it is
+        given, never predicted: it is not trained."""
         if self.vocab_size is not None and ids and (max(ids) >= self.vocab_size or min(ids) < 0):
             check_ids(ids, self.vocab_size, origin)
+        mask[:1] = [False] * len(mask[:1])
         if self.max_length is None or len(ids) <= self.max_length:
             return ids, mask
         if self.truncation == "error":
@@ -411,6 +413,7 @@ class _Encoder:
         kept = TRUNCATIONS[self.truncation](ids, mask, self.max_length, bos)
         if kept is None:
             raise _Dropped("longer than max_length")
+        kept[1][:1] = [False] * len(kept[1][:1])  # cut on the left, another token is the first
         if any(mask) and not any(kept[1]):
             raise _Dropped("truncation left no trained token")
         self.truncated += 1
@@ -554,7 +557,6 @@ def encode_lm(
                 mask = mask or [True] * len(ids)
             elif completion_only is False or (completion_only is None and example.kind == "text"):
                 mask = [True] * len(ids)
-            mask[:1] = [False] * len(mask[:1])  # the first token is given, never predicted
             names = _names(example, example.completion)
             try:
                 cuts: Iterable = [(ids, mask)]
@@ -622,6 +624,8 @@ def _split(ids: list[int], mask: list[bool], limit: int, prefix: list[int], exam
     size = limit - len(prefix)
     body, trained = ids[len(prefix) :], mask[len(prefix) :]
     for at in range(0, len(body), size):
+        if not prefix and at + 1 == len(body):
+            return  # a single token has nothing before it to be predicted from
         yield prefix + body[at : at + size], [False] * len(prefix) + trained[at : at + size]
 
 
@@ -697,8 +701,6 @@ def encode_pairs(
         for (example, *_), a, b in zip(ready, chosen, rejected, strict=True):
             before = encoder.truncated
             try:
-                for _, mask in (a, b):
-                    mask[:1] = [False] * len(mask[:1])
                 better, worse = (encoder.fit(*row, example.origin) for row in (a, b))
                 if better[0] == worse[0]:
                     raise _Dropped("chosen equals rejected after truncation")

@@ -16,7 +16,7 @@ from jaxrlhf.data.templates import TEMPLATES, Template, choose_template, render,
 from jaxrlhf.data.tokenizer import codec, decode
 from jaxrlhf.errors import DataError
 
-from .conftest import _byte_level, _dress, _wrap, build
+from .conftest import TOKENIZERS, _byte_level, _dress, _wrap, build
 
 CHAT = [
     {"role": "system", "content": "Be kind."},
@@ -239,6 +239,28 @@ def test_long_text_splits_into_rows_that_lose_nothing(story_tokenizer, write):
             max_length=16,
             truncation="split",
         )
+
+
+@pytest.mark.parametrize("policy", ["drop", "left", "right", "split"])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_the_first_token_of_a_row_is_never_trained(name, policy, write):
+    """Nothing predicts it, so its log-prob is 0 by definition: trained it would count as learnt."""
+    tokenizer, text = build(name), "the big dog saw a red ball " * 3
+    texts = write({"text": text}, {"text": "a"}, name="text.jsonl")
+    replies = write({"prompt": "saw", "completion": text}, {"prompt": "a", "completion": "b"})
+    ids = write({"input_ids": list(range(5, 30))}, {"input_ids": [5, 6]}, name="ids.jsonl")
+    compared = [{"prompt": "a", "chosen": c, "rejected": r} for c, r in ((text, "dog"), ("a", "b"))]
+    pairs = write(*compared, name="pairs.jsonl")
+    for limit in range(4, 14):
+        options = {"max_length": limit, "truncation": policy}
+        sets = [encode_lm(texts, tokenizer, **options)]
+        if policy != "split":
+            sets += [encode_lm(file, tokenizer, **options) for file in (replies, ids)]
+            both = encode_pairs(pairs, tokenizer, **options)
+            sets += [both.chosen, both.rejected]
+        for row in (row for rows in sets for row in rows):
+            assert not row.completion_mask[0]
+            assert row.completion_mask.any()
 
 
 def test_what_is_trained(story_tokenizer, write):
