@@ -29,7 +29,8 @@ class OptimSection(Section):
     )
     final_ratio: Share = Field(default=0.0, description="last learning rate as a share of the peak")
     weight_decay: NonNegative = Field(
-        default=0.0, description="decoupled, on matrices only (not on norms, biases, embeddings)"
+        default=0.0,
+        description="decoupled, on matrices and embeddings (not on norms, biases, virtual tokens)",
     )
     clip_norm: PositiveFloat | None = Field(
         default=1.0,

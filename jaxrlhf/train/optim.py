@@ -2,7 +2,7 @@
 """Optimizers and learning-rate schedules, by name.
 
 Every optimizer is the same chain: clip by the global norm of the accumulated gradient, the
-preconditioner, decoupled weight decay on matrices only, times a factor of their own for parameters
+preconditioner, decoupled weight decay of `decay_mask`, times a factor of their own for parameters
 that have one. The learning rate is no part of it but an argument of the step, so that another rate,
 schedule or number of steps is the same compiled program. A new optimizer is a function that returns
 its preconditioner, and a line in OPTIMIZERS; its keyword parameters are its settings.
@@ -21,11 +21,15 @@ from jaxrlhf.types import Params
 
 # By the last name of a leaf's path: with stacked layers a norm scale [L, D] has two dimensions too.
 DECAYED = frozenset({"kernel", "embedding", "lora_a", "lora_b"})
-NOT_DECAYED = frozenset({"scale", "bias", "dora_m", "ia3_in", "ia3_out"})
+# Virtual tokens begin as those of the vocabulary or the base's keys: no pull towards 0 is meant.
+NOT_DECAYED = frozenset(
+    {"scale", "bias", "dora_m", "ia3_in", "ia3_out", "soft_prompt", "prefix_k", "prefix_v"}
+)
 
 
 def decay_mask(params: Params) -> Any:
-    """True for every leaf that weight decay shrinks: matrices, never norms or biases.
+    """True for every leaf that weight decay shrinks: matrices and embeddings (as torch.optim.AdamW
+    under transformers and TRL), never norms, biases, or an adapter's vectors and virtual tokens.
 
     Raises:
         ValueError: a leaf of neither list, so that a new kind of weight is decided, not guessed.

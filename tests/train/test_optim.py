@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Optimizers and schedules against float64 NumPy; exactly which leaves decay; clear refusals."""
 
+from typing import get_args
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,10 @@ import pytest
 import toy
 
 from jaxrlhf.errors import ConfigError
+from jaxrlhf.models.adapters.spec import AdapterSpec, Kind, resolve
+from jaxrlhf.models.config import ModelConfig
+from jaxrlhf.models.transformer import abstract_params
+from jaxrlhf.stages.adapted import abstract_adapted
 from jaxrlhf.train.optim import (
     OPTIMIZERS,
     SCHEDULES,
@@ -144,6 +150,21 @@ def test_decay_acts_on_exactly_the_matrices_of_a_stacked_model():
     np.testing.assert_allclose(updates["score"]["kernel"], -0.1 * 0.5)
     with pytest.raises(ValueError, match="gizmo"):
         decay_mask({"layer": {"gizmo": jnp.ones((2, 2))}})
+
+
+@pytest.mark.parametrize("kind", get_args(Kind))
+def test_it_is_decided_for_every_leaf_that_an_adapter_trains(kind):
+    config = ModelConfig(vocab_size=16, hidden_size=8, num_layers=2, num_heads=2, mlp_dim=16)
+    shapes = abstract_params(config, heads=("lm",))
+    adapter = resolve(AdapterSpec(kind, rank=2, virtual_tokens=3, width=2), config)
+    trained, _ = adapter.split(abstract_adapted(adapter, shapes, "float32", config))
+    decayed = set(jax.tree.leaves(decay_mask(trained)))
+    assert decayed == {
+        "ia3": {False},
+        "soft_prompt": {False},
+        "prefix": {False},
+        "lora": {True},
+    }.get(kind, {True, False})
 
 
 def test_the_clip_uses_the_norm_of_all_leaves_together():
