@@ -183,6 +183,11 @@ class ModelConfig:
             return rope["original_max_position_embeddings"]
         return None
 
+    @property
+    def row_limit(self) -> int | None:
+        """Longest row that can be sampled: up to the last learned position, or `rope_limit`."""
+        return self.max_positions if self.position == "learned" else self.rope_limit
+
     def has_window(self, layer: int) -> bool:
         """Whether a layer sees only its window."""
         return self.window is not None and (not self.window_layers or self.window_layers[layer])

@@ -10,8 +10,10 @@ import numpy as np
 
 from jaxrlhf.models.adapters.virtual import virtual_tokens
 from jaxrlhf.models.config import ModelConfig, Runtime
+from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.sampling.decode import FINISH_REASONS, sample
 from jaxrlhf.sampling.filters import check_settings
+from jaxrlhf.types import Params
 
 SHORTEST = 32  # the smallest bucket; the others are its doublings, and each is a program
 
@@ -26,11 +28,23 @@ class Sampled(NamedTuple):
 
 def bucket(length: int, limit: int | None = None) -> int:
     """The bucket that prompts of `length` tokens are padded to: a doubling of SHORTEST, but not
-    above `limit` (what a model's last position leaves)."""
+    above `limit` (`longest_prompt`)."""
     size = SHORTEST
     while size < length:
         size *= 2
+    return capped(size, length, limit)
+
+
+def capped(size: int, length: int, limit: int | None) -> int:
+    """The padded length `size` of prompts of `length` tokens, not above `limit` if they fit it."""
     return size if limit is None else max(min(size, limit), length)
+
+
+def longest_prompt(config: ModelConfig, params: Params, max_new_tokens: int) -> int | None:
+    """Most tokens of a prompt that leave the model room for its completion; None = any number."""
+    if config.row_limit is None:
+        return None
+    return config.row_limit - max_new_tokens - virtual_tokens(params)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -53,7 +67,7 @@ def make_sampler(
     stop_ids: Sequence[int] = (),
     batch_size: int = 64,
     row_multiple: int = 1,
-    put: Callable[[np.ndarray], jax.Array] = jnp.asarray,
+    put: Callable[[np.ndarray], Any] = jnp.asarray,
 ) -> Callable[..., list[Sampled]]:
     """Returns `sampler(params, prompts, key, row_ids=None) -> list[Sampled]`.
 
@@ -75,7 +89,7 @@ def make_sampler(
         )
 
     @jax.jit
-    def program(params: Any, tokens, lengths, key, row_ids):
+    def program(params: Params, tokens, lengths, key, row_ids):
         return sample(
             params,
             config,
@@ -93,7 +107,7 @@ def make_sampler(
         )
 
     def sampler(
-        params: Any,
+        params: Params,
         prompts: Sequence[Sequence[int]],
         key: jax.Array,
         row_ids: Sequence[int] | None = None,
@@ -101,9 +115,7 @@ def make_sampler(
         if empty := [i for i, prompt in enumerate(prompts) if len(prompt) == 0]:
             raise ValueError(f"prompts {empty[:8]} have no tokens: begin them with the BOS token")
         ids = list(range(len(prompts))) if row_ids is None else list(row_ids)
-        limit = None
-        if (room := config.max_positions if learned else config.rope_limit) is not None:
-            limit = room - max_new_tokens - virtual_tokens(params)
+        limit = longest_prompt(config, params, max_new_tokens)
         by_bucket: dict[int, list[int]] = {}
         for i, prompt in enumerate(prompts):
             by_bucket.setdefault(bucket(len(prompt), limit), []).append(i)
@@ -119,13 +131,21 @@ def make_sampler(
                 tokens, lengths = pad_prompts([prompts[i] for i in rows] + [()] * fill, length)
                 batch_ids = np.array([ids[i] for i in rows] + [0] * fill, np.int32)
                 rollout = program(params, put(tokens), put(lengths), key, put(batch_ids))
-                rollout = jax.device_get(rollout)
+                sampled, masks, logprobs, reasons = (
+                    to_host(x)
+                    for x in (
+                        rollout.tokens,
+                        rollout.completion_mask,
+                        rollout.sampler_logprobs,
+                        rollout.finish_reason,
+                    )
+                )
                 for row, i in enumerate(rows):
-                    mask = rollout.completion_mask[row]
+                    mask = masks[row]
                     results[i] = Sampled(
-                        rollout.tokens[row][mask].tolist(),
-                        rollout.sampler_logprobs[row][mask].tolist(),
-                        FINISH_REASONS[int(rollout.finish_reason[row])],
+                        sampled[row][mask].tolist(),
+                        logprobs[row][mask].tolist(),
+                        FINISH_REASONS[int(reasons[row])],
                     )
         return [results[i] for i in range(len(prompts))]
 

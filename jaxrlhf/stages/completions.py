@@ -22,7 +22,7 @@ from jaxrlhf.ops.masking import masked_sum
 from jaxrlhf.parallel.compiling import jit
 from jaxrlhf.parallel.distributed import to_host
 from jaxrlhf.parallel.mesh import row_shards
-from jaxrlhf.parallel.rules import batch_sharding, put_batch
+from jaxrlhf.parallel.rules import put_batch
 from jaxrlhf.sampling import make_sampler
 from jaxrlhf.stages.functions import call_reward, load_function
 from jaxrlhf.stages.models import Model, open_model
@@ -99,7 +99,6 @@ def make_completer(
     """Returns `complete(params, prompts, n, key)`: n completions of each prompt."""
     shards = row_shards(mesh)
     size = -(-(sampling.batch_size or batch_size) // shards) * shards
-    where = batch_sharding(mesh)
     sampler = make_sampler(
         model.config,
         model.runtime,
@@ -110,7 +109,8 @@ def make_completer(
         min_p=sampling.min_p,
         stop_ids=stop_ids(sampling, model),
         batch_size=size,
-        put=lambda x: jax.device_put(x, where),
+        row_multiple=shards,
+        put=lambda x: put_batch(x, mesh),
     )
 
     def complete(params: Params, prompts: PromptSet, n: int, key: jax.Array) -> Completions:

@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Buckets: few shapes, results in the order asked for."""
 
+import dataclasses
+
 import jax
 import pytest
 
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.models.transformer import init_params
 from jaxrlhf.sampling import make_sampler
-from jaxrlhf.sampling.batches import bucket, pad_prompts
+from jaxrlhf.sampling.batches import bucket, longest_prompt, pad_prompts
 
 CONFIG = ModelConfig(vocab_size=29, hidden_size=16, num_layers=1, num_heads=2, mlp_dim=24)
 PROMPTS = [[1] * 40, [2, 3], [4], [5] * 9, [6, 7, 8]]
@@ -48,3 +50,29 @@ def test_an_empty_prompt_and_a_bad_batch_size_are_refused():
         sampler({}, [[1], []], jax.random.key(0))
     with pytest.raises(ValueError, match="row_multiple = 3"):
         make_sampler(CONFIG, Runtime(), max_new_tokens=2, batch_size=4, row_multiple=3)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        (("rope_type", "dynamic"), ("factor", 2.0)),
+        (
+            ("rope_type", "longrope"),
+            ("original_max_position_embeddings", 100),
+            ("long_factor", (2.0,) * 4),
+            ("short_factor", (1.0,) * 4),
+        ),
+    ],
+    ids=lambda scaling: scaling[0][1],
+)
+def test_prompts_up_to_the_original_length_are_sampled(scaling):
+    """70 + 8 of 100 positions: the bucket of 128 ends where the completion still fits."""
+    config = dataclasses.replace(CONFIG, max_positions=100, rope_scaling=scaling)
+    params = init_params(jax.random.key(0), config)
+    assert longest_prompt(config, params, 8) == 92
+    assert bucket(70, limit=92) == 92
+    [found] = make_sampler(config, Runtime(), max_new_tokens=8)(
+        params, [[1] * 70], jax.random.key(1)
+    )
+    assert len(found.token_ids) == 8
+    assert longest_prompt(CONFIG, params, 8) is None
