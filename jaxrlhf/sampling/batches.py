@@ -82,7 +82,6 @@ def make_sampler(
         put: moves a [B, ...] or [B] host array to the devices (shards its rows on a mesh).
     """
     check_settings(temperature, top_k, top_p, min_p)
-    learned = config.position == "learned"
     if batch_size < 1 or row_multiple < 1 or batch_size % row_multiple:
         raise ValueError(
             f"batch_size = {batch_size}: a positive multiple of row_multiple = {row_multiple}"

@@ -17,7 +17,7 @@ reference and reward models on one base read the same frozen arrays.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,7 @@ from jaxrlhf.parallel.rules import batch_sharding, put_batch, replicated
 from jaxrlhf.rl.experience import build_experience, minibatches, needs_values
 from jaxrlhf.rl.rollout import roll_out
 from jaxrlhf.rl.score import in_minibatches
+from jaxrlhf.sampling.batches import capped, longest_prompt
 from jaxrlhf.stages.adapted import (
     critic_of,
     halves,
@@ -63,7 +64,6 @@ from jaxrlhf.stages.completions import (
 from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_model, trunk
 from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
-from jaxrlhf.stages.room import sampled_positions
 from jaxrlhf.stages.rows import prompt_rows
 from jaxrlhf.stages.talking import talking
 from jaxrlhf.train.signals import crash_point
@@ -77,6 +77,7 @@ Metrics = dict[str, tuple[Any, Any]]
 def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     """The arrows above, made of settings."""
     config = exactly_repeatable(config, mesh)
+    parts = division(config, mesh)
     policy = open_policy(config, mesh, key)
     reference = reference_of(config, policy, mesh)
     judge = make_judge(config.reward, config.model, policy, mesh)
@@ -98,23 +99,17 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         config.data, policy, config.seed, max_new_tokens=new_tokens
     )
     policy = talking(policy, prompts.templates)
-    plan = config.train.batch_plan(row_shards(mesh))
-    episodes, group = plan.batch_size, config.rl.samples_per_prompt
+    longest = int(prompts.lengths.max())
+    room = longest_prompt(policy.config, actor, new_tokens)
     batches = Batches(
         prompts,
-        episodes // group,
+        parts.prompts,
         seed=config.seed,
         shuffle=config.data.shuffle,
-        length=one_length(prompts, policy, new_tokens),
+        length=capped(-(-longest // 8) * 8, longest, room),  # one shape for the whole run
     )
-    rows = episodes // config.rl.minibatches
-    scored = min(rows, plan.microbatch_size * plan.shards)
-    if rows % scored:
-        raise ConfigError(
-            f"train.microbatch_size = {plan.microbatch_size}: a minibatch of {rows} episodes is no "
-            f"multiple of {scored} = microbatch_size x data shards"
-        )
-    experience = make_experience(config, policy, reference, critic, mesh, scored)
+    group = config.rl.samples_per_prompt
+    experience = make_experience(config, policy, reference, critic, mesh, parts.scored)
     sampler = make_rollout(config, policy, mesh)
     shuffled = make_minibatches(config, mesh)
     kl_coef = np.float32(config.rl.kl_coef)
@@ -173,8 +168,8 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         loss_fn=make_loss(config, policy, critic),
         steps=config.train.steps or 0,
         updates=config.rl.epochs * config.rl.minibatches,
-        rows=rows,
-        epoch=len(prompts) / (episodes // group),
+        rows=parts.rows,
+        epoch=len(prompts) / parts.prompts,
         advance=make_advance,
         evaluate=evaluate,
         sample=sample,
@@ -186,12 +181,39 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     )
 
 
-def one_length(prompts: PromptSet, policy: Model, new_tokens: int) -> int:
-    """What all prompts are padded to, one shape for the whole run: a multiple of 8, where the
-    model's positions leave that much."""
-    longest = int(prompts.lengths.max())
-    padded, limit = -(-longest // 8) * 8, sampled_positions(policy)
-    return padded if limit is None else max(longest, min(padded, limit - new_tokens))
+class Division(NamedTuple):
+    """How the episodes of an iteration are divided, over all devices."""
+
+    prompts: int  # an iteration
+    rows: int  # episodes a minibatch
+    scored: int  # episodes that one pass scores or updates on
+
+
+def division(config: PPOConfig, mesh: Mesh) -> Division:
+    """The division that the settings ask for on this mesh.
+
+    Raises:
+        ConfigError: a part that the data shards cannot split evenly.
+    """
+    plan, rl = config.train.batch_plan(row_shards(mesh)), config.rl
+    prompts, rows = plan.batch_size // rl.samples_per_prompt, plan.batch_size // rl.minibatches
+    for what, count, key, n in (
+        ("prompts an iteration", prompts, "rl.samples_per_prompt", rl.samples_per_prompt),
+        ("episodes a minibatch", rows, "rl.minibatches", rl.minibatches),
+    ):
+        if count % plan.shards:
+            raise ConfigError(
+                f"train.batch_size = {plan.batch_size} / {key} = {n} is {count} {what}, which "
+                f"{plan.shards} data shards (mesh data x fsdp) cannot share evenly: make "
+                f"train.batch_size a multiple of {n * plan.shards}"
+            )
+    scored = min(rows, plan.microbatch_size * plan.shards)
+    if rows % scored:
+        raise ConfigError(
+            f"train.microbatch_size = {plan.microbatch_size}: a minibatch of {rows} episodes is no "
+            f"multiple of {scored} = microbatch_size x data shards"
+        )
+    return Division(prompts, rows, scored)
 
 
 def make_rollout(config: PPOConfig, policy: Model, mesh: Mesh) -> Callable[..., Rollout]:

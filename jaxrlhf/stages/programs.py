@@ -32,6 +32,7 @@ from jaxrlhf.stages.adapted import abstract_adapted, on_halves, spec_of
 from jaxrlhf.stages.models import Model, axes_of, make_runtime
 from jaxrlhf.stages.pairs import completion_logprobs
 from jaxrlhf.stages.ppo import (
+    division,
     exactly_repeatable,
     make_experience,
     make_loss,
@@ -216,11 +217,8 @@ class _Builder:
         critic = model if separate else None
 
         episodes, length = self.rows, config.data.max_length
-        prompts = episodes // config.rl.samples_per_prompt
+        prompts, rows, scored = division(config, self.mesh)
         prompt_length = length - config.sampling.max_new_tokens
-        rows = episodes // config.rl.minibatches
-        plan = config.train.batch_plan(row_shards(self.mesh))
-        scored = min(rows, plan.microbatch_size * plan.shards)
         number, floats = self.shape(episodes), self.shape(episodes, length, dtype="float32")
         rollout = Rollout(
             **self.token_rows(episodes),

@@ -7,6 +7,7 @@ Beyond the last learned position there is no embedding: the row would be NaN.
 from jaxrlhf.data.encode import PairSet, RowSet
 from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.adapters.virtual import virtual_tokens
+from jaxrlhf.sampling.batches import longest_prompt
 from jaxrlhf.stages.models import Model
 
 
@@ -34,19 +35,13 @@ def check_sampling(model: Model, longest: int, new_tokens: int) -> None:
     Raises:
         ConfigError: naming the settings that bound both.
     """
-    limit = sampled_positions(model)
-    if limit is None or longest + new_tokens <= limit:
+    most = longest_prompt(model.config, model.params, new_tokens)
+    if most is None or longest <= most:
         return
+    limit = most + new_tokens
     room = limit - longest
     mend = f"set it to {room} or less" if room > 0 else "shorten the prompts (max_prompt_length)"
     raise ConfigError(
         f"sampling.max_new_tokens = {new_tokens} after a prompt of {longest} tokens exceeds the "
         f"{limit} positions in which the model can sample: {mend}"
     )
-
-
-def sampled_positions(model: Model) -> int | None:
-    """The most tokens that a prompt and its completion may have together; None = any number."""
-    config = model.config
-    limit = config.max_positions if config.position == "learned" else config.rope_limit
-    return None if limit is None else limit - virtual_tokens(model.params)

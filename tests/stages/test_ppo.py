@@ -4,14 +4,22 @@
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
-from tiny import metrics, run, words
+from jax.sharding import AbstractMesh
+from tiny import SHAPE, metrics, run, words, write_jsonl
 
 from jaxrlhf import cli
-from jaxrlhf.errors import JaxrlhfError
+from jaxrlhf.config.load import load
+from jaxrlhf.errors import ConfigError, JaxrlhfError
+from jaxrlhf.parallel.mesh import AXES, make_mesh
+from jaxrlhf.parallel.rules import use_mesh
+from jaxrlhf.stages import ppo
 from jaxrlhf.stages.functions import call_reward
+from jaxrlhf.stages.models import open_model
 from jaxrlhf.train.digest import content_digest
+from jaxrlhf.train.state import TrainState
 
 
 def test_the_first_ratio_of_every_iteration_is_exactly_1(finished):
@@ -181,3 +189,48 @@ def test_at_rate_0_every_ratio_is_1_and_no_kl_is_seen(variant, tiny, models, tmp
         assert line["approx_kl"] == 0
     tokenless = {"rloo", "group, whole batch"}
     assert all(("value/error" in line) != (variant in tokenless) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"rl.samples_per_prompt": 8}, "/ rl.samples_per_prompt = 8 is 2 prompts an iteration"),
+        ({"rl.minibatches": 8}, "/ rl.minibatches = 8 is 2 episodes a minibatch"),
+    ],
+)
+def test_parts_of_an_iteration_that_the_devices_cannot_share_are_refused(changed, said, tiny):
+    keys = {**tiny.ppo("none", "none"), "train.batch_size": 16, "train.microbatch_size": None}
+    config = load("ppo", [], keywords=keys | changed)
+    mesh = AbstractMesh((4, 1, 1, 1, 1), AXES)
+    with pytest.raises(ConfigError) as error:
+        ppo.ppo(config, mesh, jax.random.key(0))  # before a model is opened
+    assert said in str(error.value)
+    assert str(error.value).endswith("make train.batch_size a multiple of 32")
+    assert ppo.division(config, AbstractMesh((2, 1, 1, 1, 1), AXES))[:2] in ((2, 8), (8, 2))
+
+
+def test_prompts_are_padded_no_further_than_learned_positions_reach(tiny, tmp_path, monkeypatch):
+    """50 positions: prompts of 38 and completions of 12 fit, prompts padded to 40 would not."""
+    (tmp_path / "mine.py").write_text("def f(prompts, completions): return [0.0] * len(prompts)\n")
+    prompts = write_jsonl(tmp_path / "p.jsonl", [{"prompt": "where is my order? " * 20}] * 4)
+    keys = {
+        **tiny.ppo(tmp_path, f"{tmp_path}/mine.py:f"),
+        "data.train": str(prompts),
+        "data.max_length": 50,
+    }
+    learned = {**tiny.base, "model.init": {**SHAPE, "family": "gpt2", "max_positions": 50}}
+    section = load("pretrain", [], keywords=learned).model
+    sampled = []
+
+    def rolled_out(actor, **batch):
+        sampled.append(batch["prompt_tokens"].shape)
+        raise NotImplementedError
+
+    monkeypatch.setattr(ppo, "open_policy", lambda _, mesh, key: open_model(section, mesh, key=key))
+    monkeypatch.setattr(ppo, "make_rollout", lambda *args: rolled_out)
+    with use_mesh(make_mesh()) as mesh:
+        recipe = ppo.ppo(load("ppo", [], keywords=keys), mesh, jax.random.key(0))
+    state = TrainState(step=0, params=recipe.params, opt_state=(), extra={})
+    with pytest.raises(NotImplementedError):
+        recipe.advance(None)(state, 0)
+    assert sampled == [(4, 38)]
