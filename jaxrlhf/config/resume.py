@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,14 +52,27 @@ def _identity(value: Any, shape: Shape) -> Any:
             return "a model"
         found = FUNCTION.fullmatch(value)
         assert found is not None
-        file = Path(found["place"])
-        if file.suffix == ".py" and file.is_file():
-            code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-            return f"{file.name}:{found['function']} ({code})"
-        return value
+        place = found["place"]
+        file = Path(place) if place.endswith(".py") else _module_file(place)
+        if file is None or not file.is_file():
+            return value
+        code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        name = file.name if place.endswith(".py") else place
+        return f"{name}:{found['function']} ({code})"
     if shape.resume == "content" and isinstance(value, str):
         return "given"
     return list(value) if isinstance(value, tuple) else value  # YAML knows lists only
+
+
+def _module_file(name: str) -> Path | None:
+    """The file of a module, found without importing it or the packages it is in."""
+    spec, places = None, None
+    for part in name.split("."):
+        spec = PathFinder.find_spec(part, places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or ())
+    return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
 def settings(config: Section) -> dict[str, tuple[Any, Shape]]:

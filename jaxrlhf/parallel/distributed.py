@@ -142,9 +142,14 @@ def is_primary() -> bool:
 
 def from_primary(value: int) -> int:
     """What the first process says (in 32 bits), in all of them; all must call."""
+    return int(array_from_primary(np.int32(value)))
+
+
+def array_from_primary(value: Any) -> np.ndarray:
+    """The first process's array, in all of them; all must call, with one of its shape and dtype."""
     if jax.process_count() == 1:
-        return value
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+        return np.asarray(value)
+    return np.asarray(multihost_utils.broadcast_one_to_all(value))
 
 
 def barrier(name: str) -> None:

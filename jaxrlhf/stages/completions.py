@@ -20,11 +20,11 @@ from jaxrlhf.errors import ConfigError
 from jaxrlhf.models.rows import row_logprobs, row_scores
 from jaxrlhf.ops.masking import masked_sum
 from jaxrlhf.parallel.compiling import jit
-from jaxrlhf.parallel.distributed import to_host
+from jaxrlhf.parallel.distributed import array_from_primary, is_primary, to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import put_batch
 from jaxrlhf.sampling import make_sampler
-from jaxrlhf.stages.functions import call_reward, load_function
+from jaxrlhf.stages.functions import call_reward, check_scores, load_function
 from jaxrlhf.stages.models import Model, open_model
 from jaxrlhf.stages.room import check_sampling
 from jaxrlhf.stages.training import check_fits
@@ -205,7 +205,13 @@ def _function_scorer(term: RewardTerm) -> Scorer:
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(prompts, texts, strict=True)
         ]
-        return call_reward(function, term.label, prompts, completions, columns)
+        # Once for all processes: one that draws random numbers or asks a service would give each
+        # of them other scores.
+        if is_primary():
+            scores = call_reward(function, term.label, prompts, completions, columns)
+        else:
+            scores = np.zeros(len(texts), np.float32)
+        return array_from_primary(scores)
 
     return score
 
@@ -219,7 +225,13 @@ def _model_scorer(source: str, section: ModelSection, model: Model, mesh: Mesh) 
         ids_digest(judge.tokenizer),
     )
     program = jit(lambda params, rows: row_scores(params, judge.config, judge.runtime, rows), mesh)
-    return lambda prompts, texts, columns, rows: to_host(program(judge.params, rows))
+
+    def score(prompts, texts, columns, rows):
+        scores = to_host(program(judge.params, rows))
+        check_scores(f"reward model {source}", scores[: len(texts)], prompts, texts)
+        return scores
+
+    return score
 
 
 def judge_completions(

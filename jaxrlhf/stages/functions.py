@@ -8,10 +8,10 @@ value by value: a reward that is missing or not finite stops the run and names i
 silent 0 would be learnt from.
 """
 
+import contextlib
 import importlib
 import importlib.util
 import inspect
-import math
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -91,7 +91,7 @@ def call_reward(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence],
 ) -> np.ndarray:
-    """Rewards of completions, float32 [B]: exactly one finite number each.
+    """Rewards of completions, float32 [B]: exactly one number each, finite in float32.
 
     Raises:
         JaxrlhfError: the function raised, or returned something else; names function and sample.
@@ -109,14 +109,36 @@ def call_reward(
             f"reward function {label} returned {len(values)} values for {len(completions)} "
             "completions; it must return one float for each"
         )
-    for i, value in enumerate(values):
-        try:
-            fine = value is not None and math.isfinite(float(value))
-        except (TypeError, ValueError):
-            fine = False
-        if not fine:
-            raise JaxrlhfError(
-                f"reward function {label} returned {value!r} for sample {i}: a finite number is "
-                f"needed. Prompt {prompts[i][:80]!r}, completion {completions[i][:80]!r}"
-            )
-    return np.asarray(values, np.float32)
+    scores = np.full(len(values), np.nan, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused
+        for i, value in enumerate(values):
+            with contextlib.suppress(TypeError, ValueError):
+                scores[i] = float(value)
+    check_scores(f"reward function {label}", scores, prompts, completions, values)
+    return scores
+
+
+def check_scores(
+    scorer: str,
+    scores: np.ndarray,
+    prompts: Sequence[Any],
+    completions: Sequence[Any],
+    returned: Sequence[Any] | None = None,
+) -> None:
+    """Refuses scores [B] that are not finite; a silent 0 or NaN would be learnt from.
+
+    Args:
+        returned: what each score was before it became float32, if not what it is.
+
+    Raises:
+        JaxrlhfError: names the scorer and the first such sample.
+    """
+    wrong = ~np.isfinite(scores)
+    if not wrong.any():
+        return
+    i = int(wrong.argmax())
+    value = float(scores[i]) if returned is None else returned[i]
+    raise JaxrlhfError(
+        f"{scorer} returned {value!r} for sample {i}: a finite number is needed, in float32. "
+        f"Prompt {prompts[i][:80]!r}, completion {completions[i][:80]!r}"
+    )

@@ -19,6 +19,7 @@ from jaxrlhf.config.stages import DPOConfig
 from jaxrlhf.data.batches import Batches
 from jaxrlhf.data.encode import PairSet
 from jaxrlhf.data.tokenizer import ids_digest
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.losses.preference import PREFERENCE_LOSSES
 from jaxrlhf.models.config import ModelConfig, Runtime
 from jaxrlhf.ops.masking import weighted_sum
@@ -102,8 +103,18 @@ def dpo(config: DPOConfig, mesh: Mesh, key: jax.Array, *, dry_run: bool = False)
         ref_params = before_training(model) if reference is model else reference.params
 
         def with_reference(pairs: PairSet | None) -> PairSet | None:
-            if pairs is None or dry_run or pairs.ref_logprobs is not None:
-                return pairs  # the data may bring them along
+            if pairs is None:
+                return None
+            if pairs.ref_logprobs is not None:  # the data may bring them along
+                if config.reference is not None:
+                    raise ConfigError(
+                        f"reference = {config.reference}, but data brings reference log-probs of "
+                        "its own (ref_chosen_logps, ref_rejected_logps): leave reference out, or "
+                        "the columns"
+                    )
+                return pairs
+            if dry_run:
+                return pairs
             batches = evaluation_batches(pairs, config.data, pairs_per_step)
             return dataclasses.replace(pairs, ref_logprobs=logprobs(ref_params, batches))
 

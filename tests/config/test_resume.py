@@ -95,3 +95,20 @@ def test_a_saved_configuration_is_no_change(tmp_path):
     file = tmp_path / "config.yaml"
     file.write_text(to_yaml(config))
     assert changes(load("ppo", [file]), config) == []
+
+
+@pytest.mark.parametrize("place", ["mine.py", "pkg.inner.mine"])
+def test_a_reward_function_is_its_code(place, tmp_path, monkeypatch):
+    """Found without importing it, or the packages that it is in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / (place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    code.parent.mkdir(parents=True, exist_ok=True)
+    if code.parent != tmp_path:
+        (tmp_path / "pkg/__init__.py").write_text("raise AssertionError('imported')\n")
+    found = []
+    for score in ("0.0", "1.0", "0.0"):
+        code.write_text(f"def f(prompts, completions):\n    return [{score}] * len(prompts)\n")
+        found.append(digest("ppo", ppo(reward=f"{place}:f")))
+    assert found[0] == found[2] != found[1]
+    assert len({digest("ppo", ppo(reward=f"{place}:{f}")) for f in "fg"}) == 2

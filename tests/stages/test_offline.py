@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import Models, metrics, record, run
+from tiny import Models, metrics, read_jsonl, record, run, write_jsonl
 
 from jaxrlhf.config.load import load
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.parallel.mesh import make_mesh
 from jaxrlhf.parallel.rules import use_mesh
 from jaxrlhf.train.state import TrainState
@@ -73,6 +74,18 @@ def test_padding_with_eos_changes_nothing(stage, tiny, finished, padded_with_eos
     assert found["summary"]["content"] == expected["summary"]["content"]
     assert found["metrics"] == expected["metrics"]
     assert found["checkpoints"] == expected["checkpoints"]
+
+
+def test_two_answers_to_what_the_reference_says_are_refused(tiny, models, tmp_path):
+    own = {"ref_chosen_logps": -5.0, "ref_rejected_logps": -6.0}
+    rows = [{**row, **own} for row in read_jsonl(tiny.pairs)]
+    keys = {
+        **tiny.comparisons(models.base),
+        "data.train": str(write_jsonl(tmp_path / "pairs.jsonl", rows)),
+        "reference": str(models.base),
+    }
+    with pytest.raises(ConfigError, match="brings reference log-probs of its own"):
+        run("dpo", tmp_path / "run", **keys)
 
 
 class Caught(Exception):

@@ -97,6 +97,7 @@ def test_a_function_s_floats_stay_floats_and_its_nan_ends_the_run(
     [
         ([1.0, None], "returned None for sample 1"),
         ([float("inf"), 1.0], "returned inf for sample 0"),
+        ([1.0, -1e39], "returned -1e+39 for sample 1"),  # finite, but not in float32
         ([1.0, "good"], "returned 'good' for sample 1"),
         ([1.0], "returned 1 values for 2 completions"),
         ([1.0] * 3, "returned 3 values for 2 completions"),
