@@ -15,6 +15,18 @@ from jaxrlhf.sampling.decode import sample
 from jaxrlhf.types import Rollout
 
 
+def first_of_their_kind(tokens: jax.Array, completion_mask: jax.Array, group: int) -> jax.Array:
+    """bool [B]: rows whose completion is that of no row before it in its group.
+
+    Args:
+        tokens, completion_mask: [B, T], the completions of a prompt in `group` rows side by side.
+    """
+    said = jnp.where(completion_mask, tokens, -1).reshape(-1, group, tokens.shape[1])
+    equal = (said[:, :, None] == said[:, None]).all(-1)  # [prompts, group, group]
+    before = jnp.tril(jnp.ones((group, group), bool), -1)
+    return ~(equal & before).any(-1).reshape(-1)
+
+
 def roll_out(
     params: Any,
     config: ModelConfig,

@@ -29,7 +29,7 @@ from jaxrlhf.config.stages import PPOConfig
 from jaxrlhf.data.batches import Batches
 from jaxrlhf.data.encode import PromptSet
 from jaxrlhf.data.tokenizer import decode_continuation
-from jaxrlhf.errors import ConfigError
+from jaxrlhf.errors import ConfigError, JaxrlhfError
 from jaxrlhf.evaluation.text_metrics import describe_completions
 from jaxrlhf.losses.policy import POLICY_LOSSES, clipped_value, entropy_bonus
 from jaxrlhf.models.adapters.only import Only, parse_only
@@ -38,11 +38,11 @@ from jaxrlhf.models.rows import head_exact_kl, head_logprobs, head_values, row_h
 from jaxrlhf.ops.advantages import ESTIMATORS
 from jaxrlhf.ops.masking import keep, masked_sum, weighted_sum
 from jaxrlhf.parallel.compiling import jit
-from jaxrlhf.parallel.distributed import to_host
+from jaxrlhf.parallel.distributed import is_primary, to_host
 from jaxrlhf.parallel.mesh import row_shards
 from jaxrlhf.parallel.rules import batch_sharding, put_batch, replicated
 from jaxrlhf.rl.experience import build_experience, minibatches, needs_values
-from jaxrlhf.rl.rollout import roll_out
+from jaxrlhf.rl.rollout import first_of_their_kind, roll_out
 from jaxrlhf.rl.score import in_minibatches
 from jaxrlhf.sampling.batches import capped, longest_prompt
 from jaxrlhf.stages.adapted import (
@@ -66,6 +66,7 @@ from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
 from jaxrlhf.stages.rows import prompt_rows
 from jaxrlhf.stages.talking import talking
+from jaxrlhf.train.digest import content_digest
 from jaxrlhf.train.signals import crash_point
 from jaxrlhf.train.state import TrainState
 from jaxrlhf.train.step import LossFn, TrainStep
@@ -115,6 +116,9 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     kl_coef = np.float32(config.rl.kl_coef)
 
     def make_advance(train_step: TrainStep) -> Advance:
+        before = content_digest(reference.params)
+        check_ratio = make_ratio_check(policy)
+
         def advance(state: TrainState, step: int) -> tuple[TrainState, dict[str, Any]]:
             sampling_key, update_key = jax.random.split(jax.random.fold_in(key, step + 2))
             batch = batches.batch_at(step)
@@ -146,6 +150,12 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
                     add_metrics(found, step_metrics)
                     parts = config.rl.minibatches
                     crash_point("minibatch", (step * config.rl.epochs + epoch) * parts + i)
+            check_ratio(found["ratio/first_off"])
+            if step + 1 == config.train.steps and content_digest(reference.params) != before:
+                raise JaxrlhfError(
+                    "ppo: the reference's weights are no longer those that the run began with: "
+                    "every KL since they changed is wrong, and so is what was learnt from it"
+                )
             for name, values in {**scores, "reward": total}.items():
                 label = name if name == "reward" else f"reward/{name}"
                 found[label] = (values.sum(dtype=np.float64), len(values))
@@ -179,6 +189,28 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         show=("reward", "kl", "objective"),
         notes=notes,
     )
+
+
+def make_ratio_check(policy: Model) -> Callable[[tuple[Any, Any]], None]:
+    """Returns a check of the first minibatch's (tokens whose ratio is not exactly 1, tokens), which
+    warns once. It is made where exactness is promised, in float32 on CPUs: elsewhere two programs
+    may round differently."""
+    exact = policy.runtime.dtype == "float32" and jax.default_backend() == "cpu"
+    warned = not (exact and is_primary())
+
+    def check(found: tuple[Any, Any]) -> None:
+        nonlocal warned
+        if warned or not (off := float(found[0])):
+            return
+        warned = True
+        print(
+            f"ppo: warning: the ratio of {off:.0f} of {float(found[1]):.0f} tokens is not 1 before "
+            "anything was learnt from them (ratio/first_off): the log-probs of the update are not "
+            "those of the scoring pass",
+            flush=True,
+        )
+
+    return check
 
 
 class Division(NamedTuple):
@@ -443,6 +475,9 @@ def make_experience(
             "episodes": (jnp.asarray(n), 1),
             "tokens": (rollout.lengths.sum(), 1),
         }
+        if (group := rl.samples_per_prompt) > 1:
+            different = first_of_their_kind(rollout.tokens, mask, group)
+            metrics["completions/distinct"] = (different.sum(), n)
         return exp, metrics
 
     rows_sharding, whole = batch_sharding(mesh), replicated(mesh)

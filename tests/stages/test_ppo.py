@@ -28,6 +28,7 @@ def test_the_first_ratio_of_every_iteration_is_exactly_1(finished):
     assert len(lines) == 3
     assert [line["ratio/first_off"] for line in lines] == [0, 0, 0]
     assert all(line["ratio/off"] > 0 for line in lines)  # the test can tell
+    assert all(0.5 <= line["completions/distinct"] <= 1 for line in lines)
     assert lines[0]["kl"] == 0
     assert all(line["kl"] != 0 for line in lines[1:])
 
@@ -235,3 +236,51 @@ def test_prompts_are_padded_no_further_than_learned_positions_reach(tiny, tmp_pa
     with pytest.raises(NotImplementedError):
         recipe.advance(None)(state, 0)
     assert sampled == [(4, 38)]
+
+
+@pytest.fixture
+def iterations(tiny, models, monkeypatch):
+    """`run(off)`: the stage's iterations, where all that is computed is a ratio off for so many."""
+    parts = {
+        "make_rollout": lambda *args: lambda *args, **kwargs: None,
+        "judge_rollout": lambda *args: {"judge": np.zeros(8, np.float32)},
+        "make_experience": lambda *args: lambda *args: (None, {}),
+        "make_minibatches": lambda *args: lambda *args: [None],
+    }
+    for name, part in parts.items():
+        monkeypatch.setattr(ppo, name, part)
+
+    def run(off):
+        def step(state, frozen, rows, key):
+            return state, {"ratio/off": (np.float32(off), np.int32(70))}
+
+        with use_mesh(make_mesh()) as mesh:
+            config = load("ppo", [], keywords=tiny.ppo(models.base, models.judge))
+            recipe = ppo.ppo(config, mesh, jax.random.key(0))
+            advance = recipe.advance(step)
+            state = TrainState(step=0, params=recipe.params, opt_state=(), extra={})
+            for i in range(recipe.steps):
+                advance(state, i)
+
+    return run
+
+
+def test_a_first_ratio_that_is_not_1_is_said_once(iterations, capsys):
+    iterations(0)
+    assert "ratio" not in capsys.readouterr().out
+    iterations(3)
+    assert capsys.readouterr().out.count("warning: the ratio of 3 of 70 tokens is not 1") == 1
+
+
+def test_a_reference_that_changed_is_an_error(iterations, monkeypatch):
+    seen = []
+
+    def digest(params):
+        seen.append(content_digest(params))
+        return seen[-1] + "x" * len(seen)
+
+    monkeypatch.setattr(ppo, "content_digest", digest)
+    with pytest.raises(JaxrlhfError, match="the reference's weights are no longer those"):
+        iterations(0)
+    assert len(seen) == 2  # at the start and at the end
+    assert seen[0] == seen[1]  # in truth it did not
