@@ -9,12 +9,15 @@
 Orbax survives a kill at any time, but reads flipped bits without a word and reports a failed
 asynchronous save only when asked. So the manifest is written last, after the parameters have been
 read back and compared; a folder without one that verifies is not a checkpoint; "latest" is
-computed, never pointed to; older checkpoints go only after the new one is known to be good.
+computed, never pointed to; older checkpoints go only after the new one is known to be good. What
+cannot be judged (a later version wrote it, the disk could not be read) is an error, not damage;
+what is damaged is moved aside to checkpoints/STEP.damaged by the next save.
 """
 
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import threading
@@ -35,7 +38,12 @@ from jaxrlhf.types import Params
 
 MANIFEST = "manifest.json"
 META = "meta.json"
-VERSION = 1
+DAMAGED = ".damaged"
+VERSION = 2  # 1: the optimizer state held the schedule's counter
+
+
+class UnjudgedError(CheckpointError):
+    """Whether a checkpoint is good cannot be said: a later version's, or it could not be read."""
 
 
 class Checkpoints:
@@ -92,41 +100,61 @@ class Checkpoints:
         return sorted(int(p.name) for p in found)
 
     def manifest(self, step: int) -> dict[str, Any]:
-        """The manifest of one checkpoint; raises CheckpointError where it is missing or damaged."""
+        """The manifest of one checkpoint.
+
+        Raises:
+            UnjudgedError: it could not be read just now, or a later version of jaxrlhf wrote it.
+            CheckpointError: it is missing or damaged.
+        """
         path = self.path(step) / MANIFEST
         try:
             found = json.loads(path.read_bytes())
             good = isinstance(found, dict) and found.pop("sha256", "") == _json_digest(found)
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             good = False
+        except OSError as e:
+            raise _unreadable(path, e) from e
         if not good:
             raise CheckpointError(f"{path} is missing or damaged")
         if found["version"] > VERSION:
-            raise CheckpointError(
+            raise UnjudgedError(
                 f"{path} has format version {found['version']}, this jaxrlhf knows {VERSION}: "
                 "update jaxrlhf to read it"
             )
         return found
 
     def verify(self, step: int) -> list[str]:
-        """What is wrong with a checkpoint's files, one line each; an empty list = nothing."""
+        """What is wrong with a checkpoint's files, one line each; an empty list = nothing.
+
+        Raises:
+            UnjudgedError: that cannot be said, see `manifest`.
+        """
         try:
             files = self.manifest(step)["files"]
+        except UnjudgedError:
+            raise
         except CheckpointError as e:
             return [str(e)]
         wrong = []
         for name, want in files.items():
             path = self.path(step) / name
-            if not path.is_file():
+            try:
+                if (size := path.stat().st_size) != want["bytes"]:
+                    wrong.append(f"{path} has {size} bytes instead of {want['bytes']}")
+                elif _file_digest(path) != want["sha256"]:
+                    wrong.append(f"{path} is damaged (its SHA-256 differs)")
+            except (FileNotFoundError, NotADirectoryError):
                 wrong.append(f"{path} is missing")
-            elif (size := path.stat().st_size) != want["bytes"]:
-                wrong.append(f"{path} has {size} bytes instead of {want['bytes']}")
-            elif _file_digest(path) != want["sha256"]:
-                wrong.append(f"{path} is damaged (its SHA-256 differs)")
+            except OSError as e:
+                raise _unreadable(path, e) from e
         return wrong
 
     def latest(self) -> int | None:
-        """The newest step whose every file verifies; says which ones were passed over and why."""
+        """The newest step whose every file verifies; says which ones were passed over and why.
+
+        Raises:
+            UnjudgedError: whether a newer one is good cannot be said, see `manifest`.
+        """
         self.wait()
         return _same_everywhere(self._latest)
 
@@ -155,9 +183,11 @@ class Checkpoints:
         for step in self.steps():
             try:
                 value = self.manifest(step)["metrics"].get(self.best_metric)
+            except UnjudgedError:
+                raise
             except CheckpointError:
                 continue
-            if value is not None:
+            if value is not None and math.isfinite(value):
                 values[step] = value
         sign = -1 if self.best_mode == "max" else 1
         return sorted(values, key=lambda step: (sign * values[step], -step))
@@ -268,11 +298,14 @@ class Checkpoints:
                         f"{', '.join(map(str, foreign))}, which this run did not resume from: "
                         "resume them (--resume auto) or give another --output"
                     )
-                for old in self.folder.iterdir():
-                    unfinished = not (old / MANIFEST).exists()
-                    if old.is_dir() and (
-                        unfinished or (old.name.isdecimal() and int(old.name) in later)
-                    ):
+                for old in list(self.folder.iterdir()):
+                    if not old.is_dir() or old.suffix == DAMAGED:
+                        continue
+                    if not (old / MANIFEST).exists():  # a save that was killed
+                        _remove(old)
+                    elif old.name.isdecimal() and int(old.name) in self._damaged:
+                        self._move_aside(old)
+                    elif old.name.isdecimal() and int(old.name) in later:
                         _remove(old)
             elif self.path(step).exists():
                 _remove(self.path(step))
@@ -284,6 +317,14 @@ class Checkpoints:
                 )
         self._ready = True
         barrier("checkpoint folder ready")
+
+    def _move_aside(self, old: Path) -> None:
+        """A damaged checkpoint is no longer one, but what is left of it is not ours to remove."""
+        aside = old.with_name(old.name + DAMAGED)
+        if aside.exists():
+            shutil.rmtree(aside)
+        old.rename(aside)
+        self._announce(f"the damaged checkpoint is kept as {aside}: remove it once it is of no use")
 
     def _commit(self, step: int, record: dict[str, Any], meta: dict[str, Any]) -> None:
         path = self.path(step)
@@ -307,8 +348,16 @@ class Checkpoints:
         _sync_folder(self.folder)
 
     def retain(self) -> None:
-        """Removes what is kept no longer. `save` does, once the new one is known to be good."""
-        keep = set(self.steps()[-self.keep_last :]) | set(self._ranked()[: self.keep_best])
+        """Removes what is kept no longer. `save` does, once the new one is known to be good.
+
+        Where one of them cannot be judged, all are kept: it may be the best.
+        """
+        try:
+            best = self._ranked()[: self.keep_best]
+        except UnjudgedError as e:
+            self._announce(f"no checkpoint is removed: {e}")
+            return
+        keep = {*self.steps()[-self.keep_last :], *best}
         for step in self.steps():
             if step not in keep:
                 _remove(self.path(step))
@@ -354,8 +403,8 @@ class Checkpoints:
             (state, step).
 
         Raises:
-            CheckpointError: no such checkpoint, damaged files (named), or another structure or
-                other shapes than `abstract_state` (listed).
+            CheckpointError: no such checkpoint, damaged files (named), another structure or other
+                shapes than `abstract_state` (listed), or the optimizer state of an earlier version.
         """
         step = self._checked(step)
         items = self._load(step, _items(abstract_state))
@@ -418,16 +467,15 @@ class Checkpoints:
                 if n in have and have[n] != want[n]
             ]
             more = [f"  and {len(lines) - 12} more"] if len(lines) > 12 else []
-            raise CheckpointError(
-                "\n".join(
-                    [
-                        f"{self.path(step)} does not fit this run (another model, optimizer or "
-                        "setting?):",
-                        *lines[:12],
-                        *more,
-                    ]
+            said = "does not fit this run (another model, optimizer or setting?):"
+            other = [n for n in {**have, **want} if have.get(n) != want.get(n)]
+            if record["version"] < VERSION and all(n.startswith("train/opt_state/") for n in other):
+                said = (
+                    f"cannot be continued: it has format version {record['version']}, whose "
+                    "optimizer states were others. Its parameters can be read: train on in another "
+                    f"--output with model.path={self.folder.parent}. The difference:"
                 )
-            )
+            raise CheckpointError("\n".join([f"{self.path(step)} {said}", *lines[:12], *more]))
         loaded = ocp.load_checkpointables(str(self.path(step)), jax.tree.map(_placed, abstract))
         same_dtypes = all(
             record["leaves"][f"params/{name}"][0] == x.dtype.name
@@ -469,6 +517,13 @@ def _same_everywhere(find: Callable[[], int | None]) -> int | None:
     found = find() if jax.process_index() == 0 else None
     agreed = multihost_utils.broadcast_one_to_all(np.int64(-1 if found is None else found))
     return None if int(agreed) < 0 else int(agreed)
+
+
+def _unreadable(path: Path, e: OSError) -> UnjudgedError:
+    return UnjudgedError(
+        f"{path} could not be read ({e.strerror or e}), so whether its checkpoint is good is not "
+        "known: nothing was changed, call again once it can be read"
+    )
 
 
 def _remove(path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import resource
 import shutil
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,8 @@ from devices import run_on_devices
 from jaxrlhf.errors import CheckpointError
 from jaxrlhf.parallel.mesh import make_mesh
 from jaxrlhf.parallel.rules import put_batch, use_mesh
-from jaxrlhf.train.checkpoint import MANIFEST, Checkpoints
+from jaxrlhf.train import checkpoint
+from jaxrlhf.train.checkpoint import MANIFEST, Checkpoints, _json_digest
 from jaxrlhf.train.digest import content_digest
 from jaxrlhf.train.optim import make_optimizer
 from jaxrlhf.train.state import init_state, place_state
@@ -242,8 +244,6 @@ def test_too_small_a_disk_is_known_before_writing(tmp_path, monkeypatch):
 
 
 def test_a_write_that_says_one_thing_and_stores_another_is_caught(tmp_path, monkeypatch):
-    from jaxrlhf.train import checkpoint
-
     checkpoints = Checkpoints(tmp_path)
     digests = iter(["what was on the device", "what was read back"])
     monkeypatch.setattr(checkpoint, "content_digest", lambda tree: next(digests))
@@ -253,16 +253,107 @@ def test_a_write_that_says_one_thing_and_stores_another_is_caught(tmp_path, monk
     assert checkpoints.steps() == []
 
 
-def test_a_newer_format_is_refused_by_version(run):
-    path = run / "checkpoints" / "2" / MANIFEST
-    from jaxrlhf.train.checkpoint import _json_digest
-
-    found = json.loads(path.read_text())
+def rewrite(run, step, **changed):
+    """Another manifest of a checkpoint, in order in itself."""
+    path = run / "checkpoints" / str(step) / MANIFEST
+    found = {**json.loads(path.read_text()), **changed}
     found.pop("sha256")
-    found["version"] = 99
-    found["sha256"] = _json_digest(found)
-    path.write_text(json.dumps(found))
-    assert "update jaxrlhf" in Checkpoints(run).verify(2)[0]
+    path.write_text(json.dumps(found | {"sha256": _json_digest(found)}))
+
+
+def held(run):
+    """The content of everything in a folder."""
+    return {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_later_versions_checkpoint_is_an_error_and_nothing_is_removed(run):
+    rewrite(run, 2, version=99)
+    before = held(run)
+    checkpoints = Checkpoints(run)
+    for look in (checkpoints.latest, lambda: checkpoints.verify(2)):
+        with pytest.raises(CheckpointError, match="format version 99.*update jaxrlhf"):
+            look()
+    with pytest.raises(CheckpointError, match="already holds checkpoints"):
+        checkpoints.save(1, make_state(1))
+    assert held(run) == before
+
+
+def failing_reads(monkeypatch, name):
+    """Reading the files of that name fails, as on a network disk that is away for a moment."""
+    read_bytes, digest = Path.read_bytes, checkpoint._file_digest
+
+    def check(path):
+        if path.name == name:
+            raise OSError(5, "Input/output error")
+        return path
+
+    monkeypatch.setattr(Path, "read_bytes", lambda path: read_bytes(check(path)))
+    monkeypatch.setattr(
+        checkpoint, "_file_digest", lambda path, sync=False: digest(check(path), sync=sync)
+    )
+
+
+@pytest.mark.parametrize("name", [MANIFEST, "meta.json"])
+def test_a_file_that_cannot_be_read_is_not_a_damaged_one(run, monkeypatch, name):
+    before = held(run)
+    checkpoints = Checkpoints(run)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, name)
+        with pytest.raises(CheckpointError, match=f"{name} could not be read.*nothing was changed"):
+            checkpoints.latest()
+    assert held(run) == before
+    assert checkpoints.latest() == 2
+
+
+def test_what_may_be_the_best_is_kept_while_it_cannot_be_read(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep_last=1, best="accuracy")
+    for step, accuracy in ((1, 0.9), (2, 0.5)):
+        checkpoints.save(step, make_state(step), metrics={"accuracy": accuracy})
+    checkpoints.wait()
+    lines = said(checkpoints)
+    with monkeypatch.context() as patch:
+        failing_reads(patch, MANIFEST)
+        checkpoints.retain()
+    assert "no checkpoint is removed" in lines[0]
+    checkpoints.save(3, make_state(3), metrics={"accuracy": 0.1})
+    checkpoints.wait()
+    assert checkpoints.steps() == [1, 3]
+
+
+def test_a_damaged_checkpoint_is_moved_aside(run):
+    for content in (b"once", b"twice"):  # what was moved aside before makes room
+        data = next(p for p in files(run) if p.parent.name == "d")
+        data.write_bytes(content)
+        checkpoints = Checkpoints(run)
+        lines = said(checkpoints)
+        checkpoints.restore(abstract(make_state()))
+        checkpoints.save(2, make_state(2))
+        checkpoints.wait()
+        aside = run / "checkpoints" / "2.damaged"
+        assert (aside / data.relative_to(run / "checkpoints" / "2")).read_bytes() == content
+        assert str(aside) in lines[-1]
+        again = Checkpoints(run)
+        assert (again.steps(), again.latest()) == ([1, 2], 2)
+
+
+def test_an_optimizer_state_of_version_1_is_refused_its_parameters_are_read(run):
+    leaves = Checkpoints(run).manifest(2)["leaves"]
+    rewrite(run, 2, version=1)
+    Checkpoints(run).restore(abstract(make_state()))  # one that fits is the same in both
+    rewrite(run, 2, leaves={**leaves, "train/opt_state/2/count": ["int32", []]})
+    with pytest.raises(CheckpointError, match=r"format version 1.*model\.path=.*") as caught:
+        Checkpoints(run).restore(abstract(make_state()))
+    assert "opt_state/2/count" in str(caught.value)
+    params, _ = Checkpoints(run).restore_params()
+    assert content_digest(params) == content_digest(toy.params(2))
+
+
+def test_a_figure_that_is_not_finite_never_ranks(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep_last=5, best="loss", best_mode="min")
+    for step, loss in enumerate([float("nan"), 2.0, 1.0, float("-inf")], start=1):
+        checkpoints.save(step, make_state(step), metrics={"loss": loss})
+    checkpoints.wait()
+    assert checkpoints.best() == 3
 
 
 def meshes(folder):
