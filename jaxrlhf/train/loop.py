@@ -10,9 +10,10 @@ from typing import Any
 
 import jax
 
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.parallel.distributed import stop_agreed
 from jaxrlhf.train.checkpoint import Checkpoints
-from jaxrlhf.train.metrics import TOTALS, MetricWriter, averages
+from jaxrlhf.train.metrics import TOTALS, MetricWriter, averages, sums
 from jaxrlhf.train.signals import RESUMABLE, crash_point, graceful_stop
 from jaxrlhf.train.state import TrainState
 
@@ -30,6 +31,7 @@ class Outcome:
     reason: str  # "done", "stopped" (by a signal) or "non-finite"
     message: str  # one line for the person at the terminal
     metrics: dict[str, float]  # the last of each kind, evaluation under "eval/"
+    tokens: int | None  # of all steps, those before `start` included; None = theirs are not known
 
     @property
     def exit_code(self) -> int:
@@ -48,6 +50,8 @@ def train(
     evaluate: Callable[[TrainState, int], Mapping[str, Any]] | None = None,
     eval_every: int = 0,
     save_every: int = 0,
+    log_every: int = 1,
+    so_far: Mapping[str, Any] | None = None,
     sample: Callable[[TrainState, int], Iterable[Mapping[str, Any]]] | None = None,
     sample_every: int | None = None,
     stop_requested: Callable[[], bool] | None = None,
@@ -69,8 +73,12 @@ def train(
         state: consumed: a compiled step donates it.
         start: units already done (the restored step).
         evaluate: (state, steps done) -> metrics; every `eval_every` steps, before the first and
-            after the last. What it returns ranks the checkpoint saved at the same step.
+            after the last. What it returns ranks the checkpoint saved at the same step: where
+            `checkpoints` keep the best, every evaluation after the first step is saved.
         save_every: 0 = only at the end.
+        log_every: steps from one train line of the record to the next, which has their means.
+        so_far: what the restored checkpoint's meta says under "record": the tokens so far, and the
+            sums of the steps since the last line.
         sample: (state, steps done) -> rows for samples.jsonl; every `sample_every` steps (by
             default with each evaluation).
         stop_requested: polled after every step; by default SIGTERM and SIGINT are handled here. A
@@ -84,12 +92,14 @@ def train(
 
     Raises:
         CheckpointError: a save failed; at the latest at the end, normally one step later.
+        ConfigError: the evaluation has no figure of the name by which the best is kept.
     """
     stack = contextlib.ExitStack()
     stop_requested = stop_requested or stack.enter_context(graceful_stop())
     sample_every = eval_every if sample_every is None else sample_every
-    log = _Log(writer, name, start, steps, show)
-    latest: dict[str, float] = {}
+    log = _Log(writer, name, start, steps, show, log_every, so_far)
+    latest: dict[str, float] = {}  # what the evaluation of this very step found
+    best = None if checkpoints is None else checkpoints.best_metric
 
     def due(every: int, done: int) -> bool:
         return every > 0 and (done % every == 0 or done == steps)
@@ -99,6 +109,11 @@ def train(
         if evaluate is not None and due(eval_every, done):
             began = time.perf_counter()
             found = averages(evaluate(state, done))
+            if best is not None and best not in found and not log.evaluated:
+                raise ConfigError(
+                    f"train.keep_best = {best}: an evaluation has no such figure; it has "
+                    f"{', '.join(found)}"
+                )
             writer.write(done, {**found, "time/eval_seconds": time.perf_counter() - began}, "eval")
             latest.clear()
             latest.update(found)
@@ -110,7 +125,7 @@ def train(
     def save(done: int) -> None:
         if checkpoints is not None and done not in saved:
             writer.flush()
-            checkpoints.save(done, state, metrics=latest)
+            checkpoints.save(done, state, metrics=latest, meta={"record": log.so_far()})
             saved.add(done)
 
     saved = {start} if start > 0 else set()  # what was restored need not be saved again
@@ -119,6 +134,7 @@ def train(
     try:
         if start == 0:
             look(0)
+            latest.clear()  # it ranks no checkpoint: none is of the weights before training
         while done < steps:
             if checkpoints is not None:
                 checkpoints.check()
@@ -131,7 +147,8 @@ def train(
             if late is not None:
                 bad = bad + 1 if log.step(*late) else 0
             stop = stop_agreed(done, stop_requested())
-            saving = due(save_every, done) or done == steps
+            candidate = best is not None and evaluate is not None and due(eval_every, done)
+            saving = due(save_every, done) or candidate or done == steps
             if (
                 stop
                 or saving
@@ -143,6 +160,7 @@ def train(
                 pending = None
             if bad >= stop_after_nonfinite:
                 reason = "non-finite"
+                log.line(done)  # nothing is saved, so no later run will write it
                 break
             look(done)
             if saving or (stop and done < steps):
@@ -175,17 +193,30 @@ def train(
         ),
     }[reason]
     _say(message)
-    return Outcome(state, done, reason, message, log.last)
+    return Outcome(state, done, reason, message, log.last, log.tokens)
 
 
 class _Log:
     """Timing, the progress line, and the train lines of the record."""
 
     def __init__(
-        self, writer: MetricWriter, name: str, start: int, steps: int, show: tuple[str, ...]
+        self,
+        writer: MetricWriter,
+        name: str,
+        start: int,
+        steps: int,
+        show: tuple[str, ...],
+        every: int,
+        so_far: Mapping[str, Any] | None,
     ):
         self.writer, self.name, self.start, self.steps = writer, name, start, steps
-        self.show = show
+        self.show, self.every = show, every
+        said = so_far or {}
+        self.tokens: int | None = said.get("tokens", 0 if start == 0 else None)
+        # Sums and counts of the steps since the last line.
+        self.window = {name: (s, c) for name, (s, c) in said.get("window", {}).items()}
+        self.timed: list[float] = []  # seconds of those that this process did
+        self.evaluated = False
         self.first_seconds = 0.0
         self.last: dict[str, float] = {}
         self.loud = jax.process_index() == 0
@@ -224,24 +255,47 @@ class _Log:
             )
 
     def step(self, done: int, metrics: Mapping[str, Any]) -> bool:
-        """Writes the line of one finished step; True where its update was skipped."""
-        values = averages(metrics)
+        """Counts one finished step, and writes a line where one is due; True where the step's
+        update was skipped."""
+        found = sums(metrics)
+        values = averages(found)
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
         if done == self.start + 1:
             seconds = self.first_seconds
         else:
             self.pace = seconds if self.pace is None else 0.9 * self.pace + 0.1 * seconds
-        timed = {"time/step_seconds": seconds}
-        if "tokens" in values:
-            timed["time/tokens_per_second"] = values["tokens"] / max(seconds, 1e-9)
-        self.writer.write(done, {**values, **timed})
-        self.last.update(values)
+        self.timed.append(seconds)
+        for key, (total, count) in found.items():
+            before = self.window.get(key, (0.0, 0.0))
+            self.window[key] = (before[0] + total, before[1] + count)
+        if self.tokens is not None:
+            self.tokens += int(values.get("tokens", 0))
+        if done % self.every == 0 or done == self.steps:
+            self.line(done)
         skipped = values.get("nonfinite", 0.0) > 0
         if skipped:
             self.say(f"{self.name}: step {done}: loss or gradient not finite, update skipped")
         self.progress(done, values)
         return skipped
+
+    def line(self, done: int) -> None:
+        """Writes the means of the steps since the last line, if there are any."""
+        if not self.window:
+            return
+        values = averages(self.window)
+        seconds = sum(self.timed) / max(len(self.timed), 1)
+        timed = {"time/step_seconds": seconds}
+        if "tokens" in values:
+            steps = done - (done - 1) // self.every * self.every
+            timed["time/tokens_per_second"] = values["tokens"] / steps / max(seconds, 1e-9)
+        self.writer.write(done, {**values, **timed})
+        self.last.update(values)
+        self.window, self.timed = {}, []
+
+    def so_far(self) -> dict[str, Any]:
+        """What a resumed run needs to write the same record: see `train`."""
+        return {"tokens": self.tokens, "window": dict(self.window)}  # written down while we go on
 
     def progress(self, done: int, values: Mapping[str, float]) -> None:
         if not self.loud:
@@ -265,6 +319,7 @@ class _Log:
             print(f"{self.name} {done}/{self.steps}  {text}", flush=True)
 
     def evaluation(self, done: int, found: Mapping[str, float]) -> None:
+        self.evaluated = True
         self.last.update({f"eval/{k}": v for k, v in found.items()})
         shown = [f"{k} {v:.4g}" for k, v in found.items() if k not in TOTALS]
         text = "  ".join(shown[: 2 * SHOWN])

@@ -23,20 +23,24 @@ from jaxrlhf.parallel.distributed import to_host
 TOTALS = frozenset({"tokens", "episodes", "pairs"})  # counted up, not averaged
 
 
+def sums(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+    """(sum, count) pairs on the host, everything fetched in one go; a plain number counts once."""
+    host = jax.tree.map(to_host, jax.device_get(dict(metrics)))
+    pairs = {k: v if isinstance(v, tuple | list) else (v, 1.0) for k, v in host.items()}
+    return {name: (float(total), float(count)) for name, (total, count) in pairs.items()}
+
+
 def averages(metrics: Mapping[str, Any]) -> dict[str, float]:
     """(sum, count) pairs to means, a plain number to itself; fetches everything in one go.
 
     A pair of TOTALS gives its sum. A count of 0 (nothing of the kind in this batch) gives no entry.
     """
-    host = jax.tree.map(to_host, jax.device_get(dict(metrics)))
     out: dict[str, float] = {}
-    for name, value in host.items():
-        if not isinstance(value, tuple | list):
-            out[name] = float(value)
-        elif name in TOTALS:
-            out[name] = float(value[0])
-        elif float(value[1]) != 0.0:
-            out[name] = float(value[0]) / float(value[1])
+    for name, (total, count) in sums(metrics).items():
+        if name in TOTALS:
+            out[name] = total
+        elif count != 0.0:
+            out[name] = total / count
     return out
 
 

@@ -271,7 +271,7 @@ def test_a_later_versions_checkpoint_is_an_error_and_nothing_is_removed(run):
     before = held(run)
     checkpoints = Checkpoints(run)
     for look in (checkpoints.latest, lambda: checkpoints.verify(2)):
-        with pytest.raises(CheckpointError, match="format version 99.*update jaxrlhf"):
+        with pytest.raises(CheckpointError, match=r"format version 99.*update jaxrlhf"):
             look()
     with pytest.raises(CheckpointError, match="already holds checkpoints"):
         checkpoints.save(1, make_state(1))

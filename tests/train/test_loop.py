@@ -10,6 +10,7 @@ import pytest
 import toy
 from devices import start
 
+from jaxrlhf.errors import ConfigError
 from jaxrlhf.train.checkpoint import Checkpoints
 
 POINTS = [
@@ -43,9 +44,9 @@ def finish(folder, whole, **kwargs):
     """Runs what is left and demands the uninterrupted run's result, log and checkpoints."""
     result = toy.run(folder, **kwargs)
     assert result["exit_code"] == 0
-    assert result["digest"] == whole[0]["digest"]
+    same = ("digest", "best", "tokens")
+    assert {k: result[k] for k in same} == {k: whole[0][k] for k in same}
     assert toy.record(folder) == whole[1]
-    assert result["best"] == whole[0]["best"]
     return result
 
 
@@ -203,8 +204,62 @@ def test_a_save_that_fails_in_the_background_stops_the_run_soon(tmp_path):
     message = json.loads((tmp_path / "out.json").read_text())
     assert message, text
     assert "step 6 could not be written" in message
-    assert "step 3 is kept" in message
-    assert Checkpoints(tmp_path / "run").latest() == 3
+    assert "step 4 is kept" in message
+    assert Checkpoints(tmp_path / "run").latest() == 4
+
+
+def test_every_evaluation_is_saved_and_that_of_the_start_ranks_nothing(tmp_path):
+    """The figures are best before training, then at 4, a step at which no save is due."""
+    figures = {0: 0.0, 4: 1.0, 8: 3.0, 12: 2.0}
+    result = toy.run(
+        tmp_path, save_every=5, keep_last=9, score=lambda params, step: {"error": figures[step]}
+    )
+    assert result["best"] == 4
+    contents = toy.record(tmp_path)[1]
+    assert {step: found[1] for step, found in contents.items()} == {
+        4: {"error": 1.0},
+        5: {},
+        8: {"error": 3.0},
+        10: {},
+        12: {"error": 2.0},
+    }
+    # A checkpoint of the first step, without an evaluation of its own.
+    first = toy.run(tmp_path / "first", signal_at=[0])
+    assert (first["steps"], first["best"]) == ([1], None)
+
+
+def test_a_figure_that_no_evaluation_has_is_named_before_training(tmp_path):
+    with pytest.raises(ConfigError, match=r"keep_best = eror.*it has error, tokens"):
+        toy.run(tmp_path, best="eror")
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    """An uninterrupted run with a line every 5 steps."""
+    folder = tmp_path_factory.mktemp("sparse")
+    return toy.run(folder, log_every=5), toy.record(folder)
+
+
+def test_a_line_every_few_steps_has_their_means_and_totals(whole, sparse):
+    every = [x for x in whole[1][0] if x.get("split") == "train"]
+    lines = [x for x in sparse[1][0] if x.get("split") == "train"]
+    assert [x["step"] for x in lines] == [5, 10, 12]
+    for line, first in zip(lines, (0, 5, 10), strict=True):
+        part = every[first : line["step"]]
+        for name in ("loss", "grad_norm", "learning_rate"):
+            mean = sum(x[name] for x in part) / len(part)
+            assert line[name] == pytest.approx(mean, rel=1e-12)
+        assert line["tokens"] == sum(x["tokens"] for x in part)
+    assert sparse[0]["tokens"] == whole[0]["tokens"] == sum(x["tokens"] for x in every)
+
+
+@pytest.mark.parametrize("at", [1, 6])
+def test_stopped_between_two_lines_the_record_is_the_same(tmp_path, sparse, at):
+    assert toy.run(tmp_path, log_every=5, signal_at=[at])["exit_code"] == 143
+    result = toy.run(tmp_path, log_every=5)
+    assert (result["digest"], result["tokens"]) == (sparse[0]["digest"], sparse[0]["tokens"])
+    assert toy.record(tmp_path)[0] == sparse[1][0]
 
 
 def twice(folder):

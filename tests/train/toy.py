@@ -68,6 +68,9 @@ def run(
     mesh=None,
     signal_at=(),
     stop_after_nonfinite=5,
+    log_every=1,
+    best="error",
+    score=None,
 ):
     """A whole training run of the toy, resumed where its folder says: what a stage does."""
     from jaxrlhf.parallel import distributed
@@ -89,14 +92,15 @@ def run(
     with use_mesh(mesh):
         state, where, _ = place_state(params(), tx, mesh, AXES, ema=True)
         checkpoints = Checkpoints(
-            folder, meta={"stage": "toy"}, keep_last=keep_last, best="error", best_mode="min"
+            folder, meta={"stage": "toy"}, keep_last=keep_last, best=best, best_mode="min"
         )
-        start = 0
+        start, so_far = 0, None
         if (step := checkpoints.latest()) is not None:
             abstract = jax.tree.map(
                 lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
             )
             state, start = checkpoints.restore(abstract, step)
+            so_far = checkpoints.read_meta(start)["record"]
         train_step = make_train_step(loss_fn, tx, accum=2, ema_decay=0.9)
         step_fn = at_scheduled_rate(jit_train_step(train_step, where, mesh), schedule, mesh)
 
@@ -112,7 +116,8 @@ def run(
             )
 
         held_out = put_batch(batch(999), mesh)
-        score = jax.jit(lambda p, rows: loss_fn(p, {}, rows, None)[1])
+        error = jax.jit(lambda p, rows: loss_fn(p, {}, rows, None)[1])
+        score = score or (lambda params, step: error(params, held_out))
         with MetricWriter(folder, start=start) as writer:
             outcome = train(
                 advance,
@@ -121,10 +126,12 @@ def run(
                 steps=steps,
                 writer=writer,
                 checkpoints=checkpoints,
-                evaluate=lambda state, step: score(state.params, held_out),
+                evaluate=lambda state, step: score(state.params, step),
                 eval_every=eval_every,
                 stop_after_nonfinite=stop_after_nonfinite,
                 save_every=save_every,
+                log_every=log_every,
+                so_far=so_far,
                 sample=lambda state, step: [{"prompt": "p", "completion": f"c{step}"}],
             )
     return {
@@ -136,6 +143,7 @@ def run(
         "steps": checkpoints.steps(),
         "best": checkpoints.best(),
         "message": outcome.message,
+        "tokens": outcome.tokens,
     }
 
 
@@ -147,6 +155,8 @@ def record(folder):
             lines.append({k: v for k, v in json.loads(line).items() if not k.startswith("time/")})
     contents = {}
     for manifest in sorted((Path(folder) / "checkpoints").glob("*/manifest.json")):
+        if not manifest.parent.name.isdecimal():  # a damaged one, moved aside
+            continue
         found = json.loads(manifest.read_text())
         contents[found["step"]] = (found["content"], found["metrics"], found["leaves"])
     return lines, contents
