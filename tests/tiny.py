@@ -225,6 +225,7 @@ class Finished:
         self.folders = {"pretrain": models.base, "reward": models.judge}
         self.frozen: list[tuple[str, Any, str]] = []
         self.experience: list[tuple[Any, Any, Any]] = []
+        self.embeddings: list[int] = []  # buffers of its size while PPO scores
 
     def __call__(self, stage: str) -> Path:
         if stage not in self.folders:
@@ -239,13 +240,17 @@ class Finished:
     def _watch(self, patch: pytest.MonkeyPatch) -> None:
         import jax
 
+        def embeddings(shape: tuple[int, ...]) -> int:
+            arrays = [x for x in jax.live_arrays() if x.shape == shape and not x.is_deleted()]
+            return len({x.unsafe_buffer_pointer() for x in arrays})
+
         from jaxrlhf.stages import completions, ppo
         from jaxrlhf.train.digest import content_digest
 
-        copy, open_model, make = ppo.copy_params, completions.open_model, ppo.make_experience
+        begin, open_model, make = ppo.reference_params, completions.open_model, ppo.make_experience
 
-        def copied(params: Any) -> Any:
-            found = copy(params)
+        def began(model: Any) -> Any:
+            found = begin(model)
             self.frozen.append(("reference", found, content_digest(found)))
             return found
 
@@ -254,17 +259,22 @@ class Finished:
             self.frozen.append(("reward", model.params, content_digest(model.params)))
             return model
 
+        shapes = {x.shape for x in jax.live_arrays() if x.ndim == 2}
+        others = {shape: embeddings(shape) for shape in shapes}
+
         def made(*args: Any, **kwargs: Any) -> Any:
             program = make(*args, **kwargs)
 
             def scored(params: Any, ref: Any, rollout: Any, scores: Any, kl_coef: Any) -> Any:
+                shape = ref["embed"]["embedding"].shape
+                self.embeddings.append(embeddings(shape) - others.get(shape, 0))
                 found = program(params, ref, rollout, scores, kl_coef)
                 self.experience.append(jax.device_get((rollout, scores, found[0])))
                 return found
 
             return scored
 
-        patch.setattr(ppo, "copy_params", copied)
+        patch.setattr(ppo, "reference_params", began)
         patch.setattr(completions, "open_model", opened)
         patch.setattr(ppo, "make_experience", made)
 

@@ -33,7 +33,6 @@ from jaxrlhf.stages.models import (
     Kind,
     Model,
     base_of,
-    copy_params,
     open_model,
     param_shardings,
     refuse_whole,
@@ -231,15 +230,13 @@ def halves(model: Model, params: Params) -> tuple[Params, Params]:
 
 
 def reference_params(model: Model) -> Params:
-    """The parameters of a policy with an adapter as it starts, in buffers that training does not
-    donate.
+    """The parameters of a policy as it starts; the state that trains has buffers of its own.
 
-    With a new adapter they are its base, which is there anyway; else only what trains is copied.
+    With a new adapter they are its base, which is the same function for less.
     """
     if model.adapted is not None and model.adapted.fresh:
         return model.adapted.params
-    trained, frozen = halves(model, model.params)
-    return join(copy_params(trained), frozen)
+    return model.params
 
 
 def before_training(model: Model) -> Params:
@@ -261,10 +258,8 @@ def critic_of(
     assert section.adapter is not None
     if model.adapted is not None and not model.adapted.fresh:
         adapter = dataclasses.replace(model.adapted.adapter, saved=())
-        trained, frozen = split(model.params, adapter.trains)
-        params = join(copy_params(trained), frozen)
         adapted = dataclasses.replace(model.adapted, adapter=adapter)
-        return dataclasses.replace(model, adapted=adapted), trunk(params)
+        return dataclasses.replace(model, adapted=adapted), trunk(model.params)
     spec = dataclasses.replace(spec_of(section.adapter), modules_to_save=())
     adapter = resolve(spec, model.config)
     adapted = stand_on(base_of(model), adapter, fresh=True)

@@ -23,7 +23,7 @@ from jaxrlhf.data.sources import matching
 from jaxrlhf.data.tokenizer import is_path
 from jaxrlhf.errors import ConfigError, DataError, ModelError
 from jaxrlhf.parallel.distributed import from_primary, is_primary
-from jaxrlhf.stages.rundir import read_summary, write_json
+from jaxrlhf.stages.rundir import is_finished, read_summary, write_json
 
 # Of a folder's files, those that say when and where something ran, not what came of it.
 RECORDS = ("summary.json", "environment.json", "config.yaml", "run.lock", "lineage.json")
@@ -97,7 +97,7 @@ def content_of(place: str) -> str:
         each = "".join(f"{file.name}\0{file_digest(file)}\0" for file in files)
         return hashlib.sha256(each.encode()).hexdigest() if files else MISSING
     summary = read_summary(path)
-    if summary is not None and "content" in summary:
+    if summary is not None and is_finished(path):
         return str(summary["content"])
     return files_digest(path)
 

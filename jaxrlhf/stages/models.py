@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxrlhf.config.model import Architecture, FreshModelSection, ModelSection
@@ -45,6 +44,7 @@ from jaxrlhf.models.weights import (
 )
 from jaxrlhf.parallel.rules import shardings
 from jaxrlhf.stages.lineage import check_weights
+from jaxrlhf.stages.rundir import is_finished
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.types import Params
 
@@ -112,6 +112,10 @@ class Model:
         ends = self.hf_config.get("eos_token_id")
         ends = self.tokenizer.eos_token_id if ends is None else ends
         return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+    def without_params(self) -> "Model":
+        """All but the arrays: for what outlives them and reads no more than the settings."""
+        return dataclasses.replace(self, params={})
 
 
 def stand_on(
@@ -234,7 +238,7 @@ def open_model(
     if source is None:
         return _fresh(section, mesh, key, dtype)
     folder, run = _resolve(source)
-    exported = run is not None and is_model(run / "export")
+    exported = run is not None and is_exported(run)
     if run is not None and exported:
         check_weights(run)
     found_home = run / "export" if run is not None and exported else folder
@@ -368,6 +372,8 @@ def another_adapter(section: ModelSection, mesh: Mesh, source: str, model: Model
     """
     folder, run = _resolve(source)
     home = folder if run is None else run / "export"
+    if run is not None and is_model(home) and not is_exported(run):
+        raise ModelError(f"{source} is not finished: only a finished run's adapter is exchanged")
     if not is_adapter(home):
         raise ModelError(
             f"{source} is no adapter: {home} holds no adapter_config.json; a model of its own is "
@@ -482,10 +488,11 @@ def _check_quantized(section: ModelSection, source: str, adapted: Adapted) -> No
 def quantized_base(source: str) -> str | None:
     """How the base of an adapter was quantized while that trained, by what the adapter says."""
     folder, run = _resolve(source)
-    home = run / "export" if run is not None else folder
+    exported = run is not None and is_exported(run)
+    home = run / "export" if run is not None and exported else folder
     if is_adapter(home):
         return recorded(home)
-    return None if run is None or is_model(home) else _meta_of_checkpoint(run).get("quantized")
+    return None if run is None or exported else _meta_of_checkpoint(run).get("quantized")
 
 
 def refuse_whole(adapter: Adapter, where: str) -> None:
@@ -517,6 +524,13 @@ def _adapter_of_checkpoint(run: Path) -> dict[str, Any] | None:
 def is_model(folder: Path) -> bool:
     """Whether a folder holds a model or an adapter."""
     return (folder / "config.json").is_file() or is_adapter(folder)
+
+
+def is_exported(run: Path) -> bool:
+    """Whether a run's export/ is what it came to: not where it has trained on since, as one does
+    that was given more steps."""
+    # Without checkpoints there is nothing else to read.
+    return is_model(run / "export") and (is_finished(run) or not Checkpoints(run).steps())
 
 
 def _fresh(section: ModelSection, mesh: Mesh, key: jax.Array | None, dtype: str) -> Model:
@@ -597,8 +611,3 @@ def new_head(model: Model, name: str, key: jax.Array, *, outputs: int = 1) -> Pa
 def trunk(params: Params) -> Params:
     """A model's parameters without its heads (a tied embedding stays)."""
     return {key: value for key, value in params.items() if key not in ("lm_head", "score", "value")}
-
-
-def copy_params(params: Params) -> Params:
-    """A copy in buffers of its own, so that a donated original takes nothing with it."""
-    return jax.tree.map(lambda x: jnp.array(x, copy=True), params)

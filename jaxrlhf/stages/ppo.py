@@ -61,7 +61,7 @@ from jaxrlhf.stages.completions import (
     make_kl,
     stop_ids,
 )
-from jaxrlhf.stages.models import Model, axes_of, copy_params, new_head, open_model, trunk
+from jaxrlhf.stages.models import Model, axes_of, new_head, open_model, trunk
 from jaxrlhf.stages.preference import reference_of
 from jaxrlhf.stages.recipe import Advance, Recipe
 from jaxrlhf.stages.rows import prompt_rows
@@ -88,12 +88,11 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
     axes = {"actor": axes_of(actor, policy.config)}
     if critic is not None:
         axes["critic"] = axes_of(critic.params, critic.config)
-    # The state will donate its buffers: what stays frozen must be a copy of its own.
-    ref_params = reference.params
     if reference is policy:
-        adapted = policy.adapted is not None
-        ref_params = reference_params(policy) if adapted else copy_params(policy.params)
-    reference = Model(**{**vars(reference), "params": ref_params})
+        reference = dataclasses.replace(policy, params=reference_params(policy))
+    # Nothing below needs where actor and critic begin, but what lives on holds the models.
+    policy = policy.without_params()
+    critic = None if critic is None else critic.without_params()
 
     new_tokens = config.sampling.max_new_tokens
     prompts, held_out, notes = prompt_rows(
@@ -306,7 +305,7 @@ def make_actor_critic(
         return policy.params, dataclasses.replace(model, params={**params, "value": head})
     if config.rl.critic == "policy":
         head = new_head(policy, "value", key)
-        params = {**copy_params(trunk(policy.params)), "value": head}
+        params = {**trunk(policy.params), "value": head}
         return policy.params, Model(**{**vars(policy), "params": params})
     [term] = [term for term in config.reward if term.kind == "model"]
     judge = open_model(

@@ -23,6 +23,7 @@ from jaxrlhf.config.load import save
 from jaxrlhf.config.stages import StageConfig
 from jaxrlhf.errors import JaxrlhfError
 from jaxrlhf.parallel.distributed import barrier, from_primary, is_primary, together
+from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.train.lock import run_lock
 
 
@@ -156,6 +157,13 @@ def read_summary(run: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has a result and has not trained on since, as one does whose steps grew."""
+    summary = read_summary(run) or {}
+    newest = max(Checkpoints(run).steps(), default=0)
+    return "content" in summary and newest <= summary.get("steps_done", 0)
 
 
 def peak_memory_bytes() -> int:

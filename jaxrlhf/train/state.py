@@ -58,18 +58,44 @@ def place_state(
     """A state on the mesh, made where it will live: no device ever holds all of it.
 
     Args:
-        params: arrays (host, or on devices already); taken over by the state.
+        params: arrays (host, or on devices already). The state has buffers of its own: what is
+            donated with it takes nothing from them.
         axes: the logical axis names of every parameter (`models.transformer.logical_axes`).
 
     Returns:
         (state, its shardings, the list of dimensions that had to be replicated).
     """
+    extra = dict(extra or {})
+    _, where, replicated = abstract_state(params, tx, mesh, axes, ema=ema, extra=extra)
+    params = jax.device_put(params, where.params)
+    extra = jax.device_put(extra, {k: where.extra[k] for k in extra})
 
     def make(params: Params, extra: dict[str, Any]) -> TrainState:
         return init_state(params, tx, ema=ema, extra=extra)
 
-    extra = dict(extra or {})
-    where, replicated = state_shardings(axes, jax.eval_shape(make, params, extra), mesh)
-    params = jax.device_put(params, where.params)
-    extra = jax.device_put(extra, {k: where.extra[k] for k in extra})
     return jax.jit(make, out_shardings=where)(params, extra), where, replicated
+
+
+def abstract_state(
+    params: Params,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    axes: Any,
+    *,
+    ema: bool = False,
+    extra: dict[str, Any] | None = None,
+) -> tuple[TrainState, TrainState, list[str]]:
+    """The shapes of the state that `place_state` makes of the same, with where they live: what a
+    checkpoint is restored to without making another state first.
+
+    Returns:
+        (shapes, their shardings, the list of dimensions that had to be replicated).
+    """
+    shapes = jax.eval_shape(
+        lambda params, extra: init_state(params, tx, ema=ema, extra=extra), params, extra or {}
+    )
+    where, replicated = state_shardings(axes, shapes, mesh)
+    placed = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
+    )
+    return placed, where, replicated

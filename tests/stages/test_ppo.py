@@ -67,6 +67,12 @@ def test_reference_and_reward_model_never_change(finished):
         assert content_digest(params) == before, name
 
 
+def test_the_start_weights_are_there_once_as_the_reference(finished):
+    """Embeddings: the actor's, its two moments, the reference's, the reward model's."""
+    finished("ppo")
+    assert finished.embeddings == [5, 5, 5]
+
+
 FUNCTIONS = """
 calls = []
 

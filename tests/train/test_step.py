@@ -169,6 +169,16 @@ def test_the_compiled_step_compiles_once_and_donates_whatever_the_schedule():
     assert all(x.is_deleted() for x in jax.tree.leaves(first))
 
 
+def test_a_state_has_buffers_of_its_own():
+    tx, _ = make_optimizer("adamw", 1e-2)
+    mesh = make_mesh()
+    kernel = jax.device_put(toy.params()["up"]["kernel"], replicated(mesh))
+    params = {name: {"kernel": kernel} for name in ("actor", "critic")}  # two that begin as one
+    state, _, _ = place_state(params, tx, mesh, dict.fromkeys(params, toy.AXES["up"]), ema=True)
+    arrays = [kernel, *(x for x in jax.tree.leaves(state) if x.size > 1)]
+    assert len({x.unsafe_buffer_pointer() for x in arrays}) == len(arrays) == 1 + 2 * 4
+
+
 def test_bf16_parameters_keep_their_dtype_and_fp32_statistics():
     tx, _ = make_optimizer("adamw", 1e-2, weight_decay=0.1, moment_dtype="bfloat16")
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), toy.params())
