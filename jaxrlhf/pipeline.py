@@ -47,9 +47,15 @@ def run_pipeline(
         dry_run: say what would be done, and do nothing.
 
     Raises:
-        ConfigError: the directory cannot be made, or (dry_run) something read is not there.
+        ConfigError: another `resume`, the directory cannot be made, or (dry_run) something read is
+            not there.
         JaxrlhfError: a stage failed for a reason its message names; what is finished stays so.
     """
+    if resume not in ("auto", "never"):
+        raise ConfigError(
+            f"--resume {resume}: a pipeline takes auto, or never to run every stage anew; to go on "
+            "from another run's checkpoints call the stage itself"
+        )
     from jaxrlhf.parallel.distributed import barrier, is_primary, together
     from jaxrlhf.stages.lineage import absent
     from jaxrlhf.stages.outputs import check_output

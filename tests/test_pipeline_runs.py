@@ -17,6 +17,8 @@ from safetensors.numpy import load_file
 from tiny import FEW, SHAPE, record
 
 from jaxrlhf import cli
+from jaxrlhf.config.pipeline import load_pipeline, resolve
+from jaxrlhf.stages.lineage import identity
 
 
 def text(tiny):
@@ -101,6 +103,20 @@ def again(pipeline, folder, *overrides):
     return [name for name, status in statuses(folder).items() if status != "skipped"]
 
 
+def identities(pipeline, folder, *overrides):
+    """{stage: the digest by which it is known when it is finished}."""
+    plan = load_pipeline([pipeline], overrides)
+    outputs = {planned.name: folder / planned.folder for planned in plan.stages}
+    return {p.name: identity(p.stage, resolve(p.config, outputs)) for p in plan.stages}
+
+
+def test_a_word_that_no_pipeline_takes_is_refused(pipeline, copy, capsys):
+    for word in ("nevr", str(copy)):
+        call = ["run", str(pipeline), "--output", str(copy), "--resume", word]
+        assert cli.main(call) == 2
+        assert f"--resume {word}: a pipeline takes auto, or never" in capsys.readouterr().err
+
+
 def test_a_second_call_skips_everything(pipeline, whole, copy):
     before = {p: p.stat().st_mtime_ns for p in copy.rglob("*") if p.is_file()}
     began = time.process_time()
@@ -137,6 +153,9 @@ def test_a_changed_key_reruns_exactly_what_depends_on_it(pipeline, whole, copy):
     assert again(pipeline, copy, "tuned.for_each.seed=[0, 5]") == ["tuned[1]", "report"]
     assert summary(copy)["tuned[0]"] == summary(whole)["tuned[0]"]
     assert summary(copy)["tuned[1]"] != summary(whole)["tuned[1]"]
+    # The best checkpoint is chosen while a stage trains: a finished one has to train again.
+    chosen = ["tuned.data.eval_fraction=0.1", "tuned.train.keep_best=nats_per_token"]
+    assert identities(pipeline, copy, *chosen) != identities(pipeline, copy, chosen[0])
     # Nothing is thrown away.
     assert record(copy / "tuned-1.old-1") == record(whole / "tuned-1")
 

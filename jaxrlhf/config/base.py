@@ -74,14 +74,16 @@ class OnResume:
     """What a continued run may do to the field; without this mark a change is refused.
 
     free     change at will: it does not touch what is computed
-    grow     only become larger: what was computed stays a prefix
+    result   change at will: of what is computed all the same, it chooses what comes of the run
+    grow     only become larger, where what was computed stays a prefix (see `config.resume`)
     content  the place may move; what lies there is compared by its digest instead
     """
 
-    rule: Literal["free", "grow", "content"]
+    rule: Literal["free", "result", "grow", "content"]
 
 
 FREE = OnResume("free")
+RESULT = OnResume("result")
 GROW = OnResume("grow")
 CONTENT = OnResume("content")
 

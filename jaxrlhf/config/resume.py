@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What identifies a run's settings, and what may change when it is continued.
 
-Each field carries its rule (`base.OnResume`): free fields do not touch what is computed, growing
-ones leave it a prefix, and fields that name content are compared by the content's own digest, so
-that a moved folder is no change. Everything else refuses, with a diff.
+Each field carries its rule (`base.OnResume`): free fields do not touch what is computed, those of
+the result only what comes of it, growing ones leave it a prefix (where nothing else depends on the
+planned end), and fields that name content are compared by the content's own digest, so that a moved
+folder is no change. Everything else refuses, with a diff.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from typing import Any, Literal
 
 from jaxrlhf.config.base import Section
 from jaxrlhf.config.load import dotted
+from jaxrlhf.config.optim import OptimSection
 from jaxrlhf.config.reward import FUNCTION, is_function
 from jaxrlhf.config.schema import Shape, nearest, walk
 from jaxrlhf.errors import ConfigError
 
-Verdict = Literal["free", "grown", "allowed", "refused"]
+Verdict = Literal["free", "result", "grown", "allowed", "refused"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +35,11 @@ class Change:
     old: Any
     new: Any
     verdict: Verdict
+    why: str = ""  # it is refused, where that is not plain
 
     def __str__(self) -> str:
-        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}"
+        because = f" ({self.why})" if self.why else ""
+        return f"{self.key}: {_shown(self.old)} -> {_shown(self.new)}{because}"
 
 
 def _shown(value: Any) -> str:
@@ -101,19 +105,40 @@ def changes(old: Section, new: Section, allow: Iterable[str] = ()) -> list[Chang
             continue
         rule = (newer or shape or Shape("scalar", "")).resume
         verdict: Verdict = "refused"
-        if rule == "free":
-            verdict = "free"
-        elif rule == "grow" and _larger(now, was):
+        why = _no_prefix(key, new) if rule == "grow" and _larger(now, was) else None
+        if rule == "free" or rule == "result":
+            verdict = rule
+        elif why == "":
             verdict = "grown"
         elif any(key == name or key.startswith(name + ".") for name in allowed):
             verdict = "allowed"
-        found.append(Change(key, was, now, verdict))
+        found.append(Change(key, was, now, verdict, why or ""))
     return found
 
 
 def _larger(now: Any, was: Any) -> bool:
     numbers = isinstance(now, int | float) and isinstance(was, int | float)
     return numbers and now > was
+
+
+def _no_prefix(key: str, config: Section) -> str:
+    """Why a longer run would not have begun as the shorter one did; "" where it would have."""
+    optim = getattr(config, "optim", None)
+    if isinstance(optim, OptimSection) and optim.schedule != "constant":
+        return (
+            f"optim.schedule = {optim.schedule} falls towards the planned end: the longer run's "
+            "learning rates are others from the first step"
+        )
+    if isinstance(optim, OptimSection) and 0 < optim.warmup < 1:
+        return (
+            f"optim.warmup = {optim.warmup:g} is a share of all steps: the longer run's is longer"
+        )
+    if key == "train.epochs":
+        return (
+            "the last batch of the shorter run is filled up, where the longer one goes on with "
+            "rows; give train.steps instead"
+        )
+    return ""
 
 
 def check_resume(

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field
 from jaxrlhf.config.base import (
     FREE,
     GROW,
+    RESULT,
     OpenShare,
     Positive,
     PositiveFloat,
@@ -36,6 +37,13 @@ class BatchPlan:
             f"batch_size {self.batch_size} = {self.microbatch_size} rows per shard and pass x "
             f"{self.accumulation} passes x {self.shards} data shards"
         )
+
+
+def _figure(value: Any) -> Any:
+    """The name of an evaluation's figure, without the prefix that TRL and metrics.jsonl give it."""
+    if not isinstance(value, str):
+        return value
+    return value.removeprefix("eval_").removeprefix("eval/")
 
 
 class TrainSection(Section):
@@ -65,18 +73,20 @@ class TrainSection(Section):
         default=None, description="steps between checkpoints; null = ten a run"
     )
     log_every: Annotated[Positive, FREE] = Field(
-        default=1, description="steps between lines of metrics"
+        default=1, description="steps between lines of metrics, each the mean since the last"
     )
     sample_every: Annotated[Positive, FREE] | None = Field(
         default=None, description="steps between lines of samples; null = with every evaluation"
     )
     keep_last: Annotated[Positive, FREE] = Field(default=2, description="newest checkpoints kept")
-    keep_best: Annotated[str, FREE] | None = Field(
+    keep_best: Annotated[str, BeforeValidator(_figure), RESULT] | None = Field(
         default=None,
-        description="an eval metric: the best checkpoint by it is kept too, and is the result",
+        description="a figure of the evaluations (loss: the stage's own): each is saved, the best "
+        "checkpoint by it is kept and is the result",
     )
-    best_is: Annotated[Literal["max", "min"], FREE] = Field(
-        default="max", description="whether a larger or a smaller keep_best is better"
+    best_is: Annotated[Literal["max", "min"], RESULT] | None = Field(
+        default=None,
+        description="whether a larger or a smaller keep_best is better; null = as is known of it",
     )
     only: Annotated[list[str], BeforeValidator(as_list)] = Field(
         default_factory=list,

@@ -54,6 +54,7 @@ METRICS = {
     "objective/coef": Metric("KL coefficient of J"),
     "objective/optimum": Metric("largest possible J at this coefficient"),
     "objective/share_of_gain": Metric("share of the possible gain", "", "higher", percent=True),
+    "reward": Metric("reward", "", "higher"),
     "valence": Metric("valence", "", "higher"),
     "win_rate": Metric("win rate", "", "higher", percent=True),
     "kl": Metric("KL to the reference", "nats per completion"),
@@ -85,6 +86,15 @@ METRICS = {
     "repetition": Metric("repeated 4-grams", "", "lower", percent=True),
     "self_bleu": Metric("self-BLEU", "", "lower"),
 }
+
+
+def better(name: str) -> str:
+    """Which values of a metric are better: "higher", "lower", or "" where that is not known.
+
+    A part that has no line of its own goes the way of its whole: `gold/NAME` as `gold`.
+    """
+    whole = METRICS.get(name.partition("/")[0])
+    return METRICS.get(name, whole or Metric(name)).better
 
 
 @dataclass(frozen=True)

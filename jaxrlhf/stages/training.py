@@ -11,9 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxrlhf.config.load import load
 from jaxrlhf.config.optim import OptimSection
-from jaxrlhf.config.resume import check_resume
 from jaxrlhf.config.stages import TrainingConfig
 from jaxrlhf.errors import CheckpointError, ConfigError
 from jaxrlhf.models.adapters.peft import adapter_config
@@ -25,8 +23,10 @@ from jaxrlhf.parallel.mesh import make_mesh, row_shards
 from jaxrlhf.parallel.rules import put_batch, use_mesh
 from jaxrlhf.stages import lineage
 from jaxrlhf.stages.adapted import count_trained, on_halves, write_adapter
+from jaxrlhf.stages.best import criterion
 from jaxrlhf.stages.card import model_card
 from jaxrlhf.stages.recipe import Advance, Recipe
+from jaxrlhf.stages.resuming import check_planned, origin
 from jaxrlhf.stages.rundir import (
     peak_memory_bytes,
     read_summary,
@@ -38,10 +38,10 @@ from jaxrlhf.stages.rundir import (
 )
 from jaxrlhf.train.checkpoint import Checkpoints
 from jaxrlhf.train.digest import content_digest
-from jaxrlhf.train.loop import train
+from jaxrlhf.train.loop import Outcome, train
 from jaxrlhf.train.metrics import MetricWriter, last_values
 from jaxrlhf.train.optim import make_optimizer
-from jaxrlhf.train.state import TrainState, place_state
+from jaxrlhf.train.state import TrainState, abstract_state, place_state
 from jaxrlhf.train.step import TrainStep, at_scheduled_rate, jit_train_step, make_train_step
 from jaxrlhf.types import Params
 
@@ -112,20 +112,20 @@ def run_training(
     Args:
         build: makes the recipe: (config, mesh, key) -> Recipe.
         output: the run directory.
-        resume: "auto" (the newest good checkpoint there, if any), "never", or another run to
-            continue from.
+        resume: "auto" (the newest good checkpoint there, if any), "never" (refused where there are
+            any), or another run to continue from.
         allow_change: settings that may differ from those the run began with.
         dry_run: stop before anything is computed or written.
         named: somebody said where; otherwise the same call again would begin anew elsewhere.
     """
     with distributed.together(), use_mesh(make_mesh(**config.mesh.sizes)) as mesh:
         key = stage_key(config.seed, command)
+        criterion(command, config.train)  # what it refuses need not wait for the model
         if dry_run:
             recipe = build(config, mesh, key)
             _describe(command, config, recipe, mesh)
             return StageResult(output, 0, {}, "dry run: nothing was computed")
-        if resume == "auto":
-            _check_resumable(command, config, output, allow_change)
+        resumed = origin(command, config, output, resume, allow_change)
         again = "call it again" if named else f"the same command with --output {output}"
         with run_directory(output, config):
             if distributed.is_primary():
@@ -133,17 +133,7 @@ def run_training(
             lineage.record(output, config)
             recipe = build(config, mesh, key)
             _describe(command, config, recipe, mesh)
-            return _run(command, config, recipe, mesh, output, resume, stop_requested, again)
-
-
-def _check_resumable(
-    command: str, config: TrainingConfig, output: Path, allow: Sequence[str]
-) -> None:
-    """Refuses to continue a run under other settings or with other inputs."""
-    saved = output / "config.yaml"
-    if Checkpoints(output).steps() and saved.is_file():
-        check_resume(load(command, [saved]), config, allow, output)
-        lineage.check_inputs(output, config)
+            return _run(command, config, recipe, mesh, output, resumed, stop_requested, again)
 
 
 def _describe(command: str, config: TrainingConfig, recipe: Recipe, mesh: Mesh) -> None:
@@ -184,21 +174,21 @@ def _run(
     recipe: Recipe,
     mesh: Mesh,
     output: Path,
-    resume: str,
+    resumed: Path | None,
     stop_requested: Callable[[], bool] | None,
     again: str,
 ) -> StageResult:
+    """From the checkpoints of the run `resumed`, or from the start, to the result."""
     began = time.perf_counter()
     updates = recipe.steps * recipe.updates
     tx, schedule = optimizer(config.optim, updates)
     accumulation = passes(config, recipe.rows, mesh)
     ema = config.train.ema_decay
-    state, where, replicated = place_state(
+    shapes, where, replicated = abstract_state(
         recipe.params, tx, mesh, recipe.axes, ema=ema is not None
     )
     for line in replicated:
         print(f"{command}: replicated, its axis does not divide it: {line}", flush=True)
-    recipe.params = None  # the state owns them now
 
     meta = {
         "stage": command,
@@ -218,14 +208,26 @@ def _run(
             base=recipe.adapted.named(),
         )
         meta["quantized"] = recipe.adapted.quantized
+    best, best_mode = criterion(command, config.train)
     checkpoints = Checkpoints(
-        output,
-        meta=meta,
-        keep_last=config.train.keep_last,
-        best=config.train.keep_best,
-        best_mode=config.train.best_is,
+        output, meta=meta, keep_last=config.train.keep_last, best=best, best_mode=best_mode
     )
-    state, start = _restore(command, state, where, checkpoints, meta.get("frozen"), resume)
+    source = checkpoints if resumed in (None, output) else Checkpoints(resumed)
+    start = source.latest() if resumed is not None else None
+    told: dict[str, Any] = {}
+    if start is None:
+        if source is not checkpoints:
+            raise CheckpointError(f"--resume {resumed}: no good checkpoint there")
+        start, state = 0, place_state(recipe.params, tx, mesh, recipe.axes, ema=ema is not None)[0]
+        recipe.params = None  # the state's are its own
+    else:
+        check_planned(source.folder.parent, start, recipe.steps)
+        recipe.params = None  # the checkpoint's take their place: never both at once
+        state = _restore(command, shapes, source, start, meta.get("frozen"))
+        told = source.read_meta(start)
+        before = told.get("continues") if source is checkpoints else str(source.folder.parent)
+        if before is not None:
+            checkpoints.meta["continues"] = before
     if distributed.is_primary():
         save_tokenizer(recipe.tokenizer, output / "tokenizer")
 
@@ -267,6 +269,8 @@ def _run(
             else lambda state, done: evaluate(weights_of(state), done),
             eval_every=every,
             save_every=config.train.save_every or max(1, -(-recipe.steps // 10)),
+            log_every=config.train.log_every,
+            so_far=told.get("record"),
             sample=None if sample is None else lambda state, done: sample(weights_of(state), done),
             sample_every=config.train.sample_every,
             stop_requested=stop_requested,
@@ -275,7 +279,13 @@ def _run(
             again=again,
             show=recipe.show,
         )
-    return _finish(command, config, recipe, checkpoints, outcome, weights_of, output, began)
+    del state
+    chosen = checkpoints.best() if outcome.exit_code == 0 else None
+    if chosen is not None and chosen != outcome.step:
+        outcome = dataclasses.replace(outcome, state=None)  # never both at once
+        outcome = dataclasses.replace(outcome, state=checkpoints.restore(shapes, chosen)[0])
+        print(f"{command}: the best checkpoint, step {chosen}, is the result", flush=True)
+    return _finish(command, config, recipe, outcome, weights_of, output, began)
 
 
 def passes(config: TrainingConfig, rows: int, mesh: Mesh) -> int:
@@ -286,41 +296,27 @@ def passes(config: TrainingConfig, rows: int, mesh: Mesh) -> int:
 
 def _restore(
     command: str,
-    state: TrainState,
-    where: TrainState,
-    checkpoints: Checkpoints,
+    shapes: TrainState,
+    source: Checkpoints,
+    step: int,
     frozen: str | None,
-    resume: str,
-) -> tuple[TrainState, int]:
-    """The state to start from: fresh, or a checkpoint's."""
-    if resume == "never":
-        return state, 0
-    source = checkpoints if resume == "auto" else Checkpoints(resume)
-    step = source.latest()
-    if step is None:
-        if resume != "auto":
-            raise CheckpointError(f"--resume {resume}: no good checkpoint there")
-        return state, 0
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, where
-    )
-    del state
+) -> TrainState:
+    """The state of a checkpoint."""
     if (before := source.read_meta(step).get("frozen")) != frozen:
         raise CheckpointError(
             f"{source.path(step)} was trained on frozen weights with the digest {before}, those "
             f"here have {frozen}: restore the base that the run began with"
         )
-    restored, step = source.restore(abstract, step)
+    restored, step = source.restore(shapes, step)
     print(f"{command}: resuming at step {step} from {source.folder}", flush=True)
-    return restored, step
+    return restored
 
 
 def _finish(
     command: str,
     config: TrainingConfig,
     recipe: Recipe,
-    checkpoints: Checkpoints,
-    outcome: Any,
+    outcome: Outcome,
     weights_of: Callable[[TrainState], Params],
     output: Path,
     began: float,
@@ -331,14 +327,6 @@ def _finish(
     metrics = {**last_values(output), **outcome.metrics}
     if outcome.exit_code == 0:
         params = weights_of(outcome.state)
-        best = checkpoints.best() if config.train.keep_best else None
-        if best is not None and best != outcome.step:
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-                outcome.state,
-            )
-            params = weights_of(checkpoints.restore(abstract, best)[0])
-            print(f"{command}: the best checkpoint, step {best}, is the result", flush=True)
         for name in recipe.exported:
             params = params[name]
         content = content_digest({k: v for k, v in params.items() if k != "value"})
@@ -355,7 +343,7 @@ def _finish(
             "content": content,
             "files": exported_files(output) if content is not None else None,
             "parents": lineage.contents(config),
-            "tokens": metrics.get("tokens_seen"),
+            "tokens": outcome.tokens,
             "wall_seconds": round(seconds + earlier.get("wall_seconds", 0.0), 3),
             "peak_memory_bytes": peak_memory_bytes(),
         }

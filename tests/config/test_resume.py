@@ -21,15 +21,19 @@ def ppo(**changed):
     return load("ppo", keywords={**BASE, **changed})
 
 
+def sft(**changed):
+    kept = {key: BASE[key] for key in ("model.path", "data.train")}
+    return load("sft", keywords={**kept, **changed})
+
+
 @pytest.mark.parametrize(
     ("key", "value", "verdict"),
     [
-        ("train.steps", 20, "grown"),
         ("train.steps", 5, "refused"),
         *[(f"train.{k}", 3, "free") for k in ("eval_every", "save_every", "log_every")],
         *[(f"train.{k}", 3, "free") for k in ("sample_every", "keep_last")],
-        ("train.keep_best", "kl", "free"),
-        ("train.best_is", "min", "free"),
+        ("train.keep_best", "kl", "result"),
+        ("train.best_is", "min", "result"),
         ("output_dir", "/elsewhere", "free"),
         ("track", ["wandb"], "free"),
         ("seed", 1, "refused"),
@@ -68,6 +72,31 @@ def test_each_key_has_its_class(key, value, verdict):
         assert check_resume(old, new, [key])[0].verdict == "allowed"
     else:
         check_resume(old, new)
+
+
+CONSTANT = {"optim.schedule": "constant"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "why"),
+    [
+        (CONSTANT, "train.steps", ""),
+        (CONSTANT | {"optim.warmup": 3}, "train.steps", ""),
+        (CONSTANT | {"optim.warmup": 0.1}, "train.steps", r"optim\.warmup = 0\.1 is a share"),
+        ({}, "train.steps", r"optim\.schedule = linear falls"),
+        ({"optim.schedule": "cosine"}, "train.steps", r"optim\.schedule = cosine falls"),
+        (CONSTANT, "train.epochs", "last batch of the shorter run"),
+    ],
+)
+def test_a_longer_run_is_a_continuation_only_where_it_begins_alike(settings, key, why):
+    old, new = (sft(**{**settings, key: n}) for n in (10, 20))
+    if not why:
+        assert [change.verdict for change in check_resume(old, new)] == ["grown"]
+        return
+    with pytest.raises(ConfigError, match=rf"{key}: 10\S* -> 20.*{why}") as caught:
+        check_resume(old, new)
+    assert f"--allow-change {key}" in str(caught.value)
+    assert [change.verdict for change in check_resume(old, new, [key])] == ["allowed"]
 
 
 def test_places_may_move_their_content_is_compared_elsewhere():
