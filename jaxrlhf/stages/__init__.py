@@ -129,7 +129,7 @@ def _names_its_output(command: str, config: Any) -> bool:
     return getattr(config, "output", None) is not None or bool(text_only)
 
 
-def _recipe(command: str, dry_run: bool) -> Callable[..., Any]:
+def _recipe(command: str, dry_run: bool = False) -> Callable[..., Any]:
     if command in ("pretrain", "sft"):
         from jaxrlhf.stages.sft import sft
 

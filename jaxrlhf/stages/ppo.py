@@ -90,17 +90,16 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
         axes["critic"] = axes_of(critic.params, critic.config)
     if reference is policy:
         reference = dataclasses.replace(policy, params=reference_params(policy))
-    # Nothing below needs where actor and critic begin, but what lives on holds the models.
-    policy = policy.without_params()
-    critic = None if critic is None else critic.without_params()
-
     new_tokens = config.sampling.max_new_tokens
     prompts, held_out, notes = prompt_rows(
         config.data, policy, config.seed, max_new_tokens=new_tokens
     )
-    policy = talking(policy, prompts.templates)
     longest = int(prompts.lengths.max())
     room = longest_prompt(policy.config, actor, new_tokens)
+    # Nothing below needs where actor and critic begin, but what lives on holds the models.
+    policy = talking(policy, prompts.templates).without_params()
+    critic = None if critic is None else critic.without_params()
+
     batches = Batches(
         prompts,
         parts.prompts,
