@@ -277,6 +277,10 @@ class Codec:
         """`text` with every control token in it spelled so that `encode` makes it a token."""
         return _replace(text, self.aliases)
 
+    def unalias(self, text: str) -> str:
+        """The inverse of `alias`."""
+        return _replace(text, self.inverse)
+
     def hide(self, text: str) -> str:
         """`text` with control tokens that are only spelled in it made unrecognisable to `alias`."""
         return _replace(text, self.hidden)
