@@ -26,8 +26,8 @@ SMALL = [
     "dpo.train={steps: 4, epochs: null, batch_size: 16}",
     "ppo.train={steps: 2, batch_size: 16}",
     "ppo.sampling.max_new_tokens=16",
-    "ppo.for_each={rl.kl_coef: [0.5, 0.03]}",
-    "eval_ppo.for_each={model: 'stage:ppo', label: [PPO 0.5, PPO 0.03], eval.kl_coef: [0.5, 0.03]}",
+    "ppo.for_each={rl.kl_coef: [0.5, 0.03], optim.learning_rate: [1e-3, 1e-3]}",
+    "eval_ppo.for_each={label: [PPO 0.5, PPO 0.03], eval.kl_coef: [0.5, 0.03]}",
     "eval_sft.eval={samples_per_prompt: 2, best_of: [1, 2], tilt: [0.5]}",
 ]
 SAMPLED = ("eval_sft", "eval_dpo", "eval_ppo")
