@@ -54,24 +54,28 @@ def _identity(value: Any, shape: Shape) -> Any:
     if shape.where == "reward" and isinstance(value, str):
         if not is_function(value):
             return "a model"
-        found = FUNCTION.fullmatch(value)
-        assert found is not None
-        place = found["place"]
-        file = Path(place) if place.endswith(".py") else _module_file(place)
+        file = function_file(value)
         if file is None or not file.is_file():
             return value
         code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+        place, _, function = value.rpartition(":")
         name = file.name if place.endswith(".py") else place
-        return f"{name}:{found['function']} ({code})"
+        return f"{name}:{function} ({code})"
     if shape.resume == "content" and isinstance(value, str):
         return "given"
     return list(value) if isinstance(value, tuple) else value  # YAML knows lists only
 
 
-def _module_file(name: str) -> Path | None:
-    """The file of a module, found without importing it or the packages it is in."""
+def function_file(source: str) -> Path | None:
+    """The file of a function named as file.py:function or module:function, found without importing
+    it or the packages it is in; None where no file is known."""
+    found = FUNCTION.fullmatch(source)
+    if found is None:
+        return None
+    if found["place"].endswith(".py"):
+        return Path(found["place"])
     spec, places = None, None
-    for part in name.split("."):
+    for part in found["place"].split("."):
         spec = PathFinder.find_spec(part, places)
         if spec is None:
             return None

@@ -119,13 +119,15 @@ def contents(config: Section) -> dict[str, str]:
 
 
 def _inputs(config: Section) -> Iterator[tuple[str, str]]:
-    """(dotted key, place) of every model, source and run a configuration reads."""
+    """(dotted key, place) of every model, source, run and function's file a configuration reads."""
     for path, value, shape in walk(config):
         reads = shape.where in ("model", "source", "reward") or shape.resume == "content"
         if not isinstance(value, str) or not reads:
             continue
         if shape.where == "reward" and is_function(value):
-            continue  # its code is part of the settings' digest
+            if (file := resume.function_file(value)) is not None:
+                yield dotted(path), str(file.absolute())
+            continue
         yield dotted(path), value
 
 

@@ -12,7 +12,7 @@ from jaxrlhf.config.load import load
 from jaxrlhf.config.model import ModelSection
 from jaxrlhf.errors import CheckpointError, ConfigError
 from jaxrlhf.parallel.mesh import make_mesh
-from jaxrlhf.stages import run_stage
+from jaxrlhf.stages import lineage, run_stage
 from jaxrlhf.stages.models import open_model
 from jaxrlhf.stages.rundir import read_summary
 from jaxrlhf.train.checkpoint import Checkpoints
@@ -147,3 +147,18 @@ def test_a_state_is_never_there_twice(tiny, half, monkeypatch):
     size = sum(8 * np.prod(shape) for _, shape in Checkpoints(half).manifest(12)["leaves"].values())
     assert len(seen) == 2
     assert max(seen) < size / 8  # of params and two moments
+
+
+def test_an_edited_reward_function_is_another_input(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
+    keys = {"model": "none", "data": str(file), "reward": f"{file}:f", "train.steps": 1}
+    config = load("ppo", keywords=keys)
+    lineage.record(tmp_path, config)
+    lineage.check_inputs(tmp_path, config)
+    assert lineage.absent(config) == []
+    file.write_text("def f(prompts, completions):\n    return [1.0] * len(prompts)\n")
+    with pytest.raises(ConfigError, match=r"the content of .*reward\.0\.source changed"):
+        lineage.check_inputs(tmp_path, config)
+    file.unlink()
+    assert any(line.startswith("reward.0.source: there is no") for line in lineage.absent(config))
