@@ -13,14 +13,13 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable
-from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxrlhf.config.base import Section
 from jaxrlhf.config.load import dotted
 from jaxrlhf.config.optim import OptimSection
-from jaxrlhf.config.reward import FUNCTION, is_function
+from jaxrlhf.config.reward import is_function
 from jaxrlhf.config.schema import Shape, nearest, walk
 from jaxrlhf.errors import ConfigError
 
@@ -50,37 +49,14 @@ MISSING = object()
 
 
 def _identity(value: Any, shape: Shape) -> Any:
-    """What is compared of a value: of content only that it is given, of a function its code."""
+    """What is compared of a value: of content only that it is given, of a function its name."""
     if shape.where == "reward" and isinstance(value, str):
         if not is_function(value):
             return "a model"
-        file = function_file(value)
-        if file is None or not file.is_file():
-            return value
-        code = hashlib.sha256(file.read_bytes()).hexdigest()[:16]
-        place, _, function = value.rpartition(":")
-        name = file.name if place.endswith(".py") else place
-        return f"{name}:{function} ({code})"
+        return Path(value).name  # its code is content, wherever the file lies
     if shape.resume == "content" and isinstance(value, str):
         return "given"
     return list(value) if isinstance(value, tuple) else value  # YAML knows lists only
-
-
-def function_file(source: str) -> Path | None:
-    """The file of a function named as file.py:function or module:function, found without importing
-    it or the packages it is in; None where no file is known."""
-    found = FUNCTION.fullmatch(source)
-    if found is None:
-        return None
-    if found["place"].endswith(".py"):
-        return Path(found["place"])
-    spec, places = None, None
-    for part in found["place"].split("."):
-        spec = PathFinder.find_spec(part, places)
-        if spec is None:
-            return None
-        places = list(spec.submodule_search_locations or ())
-    return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
 def settings(config: Section) -> dict[str, tuple[Any, Shape]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
@@ -19,6 +21,23 @@ FUNCTION = re.compile(r"(?P<place>[A-Za-z_][\w.]*|.*\.py):(?P<function>[A-Za-z_]
 def is_function(source: str) -> bool:
     """Whether a reward names a Python callable rather than a model."""
     return not source.startswith("stage:") and FUNCTION.fullmatch(source) is not None
+
+
+def function_file(source: str) -> Path | None:
+    """The file of a function named as file.py:function or module:function, found without importing
+    it or the packages it is in; None where no file is known."""
+    found = FUNCTION.fullmatch(source)
+    if found is None:
+        return None
+    if found["place"].endswith(".py"):
+        return Path(found["place"])
+    spec, places = None, None
+    for part in found["place"].split("."):
+        spec = PathFinder.find_spec(part, places)
+        if spec is None:
+            return None
+        places = list(spec.submodule_search_locations or ())
+    return Path(spec.origin) if spec is not None and spec.origin and spec.has_location else None
 
 
 class RewardTerm(Section):

@@ -17,7 +17,7 @@ from pathlib import Path
 from jaxrlhf.config import resume
 from jaxrlhf.config.base import Section
 from jaxrlhf.config.load import STAGE_REFERENCE, dotted
-from jaxrlhf.config.reward import is_function
+from jaxrlhf.config.reward import function_file, is_function
 from jaxrlhf.config.schema import walk
 from jaxrlhf.data.sources import matching
 from jaxrlhf.data.tokenizer import is_path
@@ -125,7 +125,7 @@ def _inputs(config: Section) -> Iterator[tuple[str, str]]:
         if not isinstance(value, str) or not reads:
             continue
         if shape.where == "reward" and is_function(value):
-            if (file := resume.function_file(value)) is not None:
+            if (file := function_file(value)) is not None:
                 yield dotted(path), str(file.absolute())
             continue
         yield dotted(path), value

@@ -146,8 +146,8 @@ def ppo(config: PPOConfig, mesh: Mesh, key: jax.Array) -> Recipe:
                     if epoch == i == 0:
                         found["ratio/first_off"] = step_metrics["ratio/off"]
                     add_metrics(found, step_metrics)
-                    parts = config.rl.minibatches
-                    crash_point("minibatch", (step * config.rl.epochs + epoch) * parts + i)
+                    passed = step * config.rl.epochs + epoch
+                    crash_point("minibatch", passed * config.rl.minibatches + i)
             check_ratio(found["ratio/first_off"])
             if step + 1 == config.train.steps and content_digest(reference.params) != before:
                 raise JaxrlhfError(

@@ -149,16 +149,35 @@ def test_a_state_is_never_there_twice(tiny, half, monkeypatch):
     assert max(seen) < size / 8  # of params and two moments
 
 
-def test_an_edited_reward_function_is_another_input(tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text("def f(prompts, completions):\n    return [0.0] * len(prompts)\n")
-    keys = {"model": "none", "data": str(file), "reward": f"{file}:f", "train.steps": 1}
-    config = load("ppo", keywords=keys)
-    lineage.record(tmp_path, config)
-    lineage.check_inputs(tmp_path, config)
-    assert lineage.absent(config) == []
-    file.write_text("def f(prompts, completions):\n    return [1.0] * len(prompts)\n")
-    with pytest.raises(ConfigError, match=r"the content of .*reward\.0\.source changed"):
-        lineage.check_inputs(tmp_path, config)
-    file.unlink()
-    assert any(line.startswith("reward.0.source: there is no") for line in lineage.absent(config))
+@pytest.mark.parametrize("place", ["mine.py", "pkg.inner.mine"])
+def test_an_edited_reward_function_is_another_input(place, tmp_path, monkeypatch):
+    """Of a file or a module, found without importing it or the packages that it is in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    code = tmp_path / (place if place.endswith(".py") else place.replace(".", "/") + ".py")
+    code.parent.mkdir(parents=True, exist_ok=True)
+    if code.parent != tmp_path:
+        (tmp_path / "pkg/__init__.py").write_text("raise AssertionError('imported')\n")
+
+    def ppo(function):
+        keys = {"model": "none", "data": "none.jsonl", "reward": f"{place}:{function}"}
+        return load("ppo", keywords=keys | {"train.steps": 1})
+
+    found = []
+    for score in ("0.0", "1.0", "0.0"):
+        code.write_text(f"def f(prompts, completions):\n    return [{score}] * len(prompts)\n")
+        found.append(lineage.identity("ppo", ppo("f")))
+        if score == "0.0":
+            lineage.record(tmp_path, ppo("f"))
+            lineage.check_inputs(tmp_path, ppo("f"))
+        else:
+            with pytest.raises(ConfigError, match=r"the content of reward\.0\.source changed"):
+                lineage.check_inputs(tmp_path, ppo("f"))
+    assert found[0] == found[2] != found[1]
+    assert lineage.identity("ppo", ppo("g")) != found[0]  # another function of the same file
+
+
+def test_a_missing_reward_function_is_named(tmp_path):
+    keys = {"model": "none", "data": "none", "reward": f"{tmp_path}/no.py:f", "train.steps": 1}
+    lines = lineage.absent(load("ppo", keywords=keys))
+    assert f"reward.0.source: there is no {tmp_path}/no.py" in lines
